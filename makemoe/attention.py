@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 # %% ../notebooks/02_attention.ipynb #attention-head
 class Head(nn.Module):
-    """One head of causal self-attention, written to be read: x (B, T, n_embd) -> (B, T, head_size).
+    """One head of causal self-attention, written to be read: x (..., T, n_embd) -> (..., T, head_size).
 
     softmax(q k^T / sqrt(head_size)) v, with the future masked (Vaswani et al. 2017, eq. 1).
     """
@@ -24,27 +24,30 @@ class Head(nn.Module):
         self.value = nn.Linear(n_embd, head_size, bias=False)
 
     def forward(self, x):
-        q, k, v = self.query(x), self.key(x), self.value(x)  # each (B, T, D)
-        scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (B, T, T)
+        q, k, v = self.query(x), self.key(x), self.value(x)  # each (..., T, D)
+        scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (..., T, T)
         T = x.shape[-2]
         future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
-        weights = scores.masked_fill(future, -torch.inf).softmax(dim=-1)  # (B, T, T)
-        return weights @ v  # (B, T, D)
+        weights = scores.masked_fill(future, -torch.inf).softmax(dim=-1)  # (..., T, T)
+        return weights @ v  # (..., T, D)
 
 
 # %% ../notebooks/02_attention.ipynb #attention-rotate
 def rotate(x, positions):
-    """Rotary positions: turn the channel pairs of x (..., T, D) by angles that grow with `positions` (T,).
+    """Rotary positions: turn channel pairs of x (..., T, D) by angles that grow with `positions` (T,).
 
-    Pair i turns by position * 10000**(-2i/D), so that the product of a query and a key depends on their distance
-    alone (Su et al. 2021, eq. 14-15). D must be even.
+    Pair i, which is (a, b) = channels (i, i + D/2), becomes (a cos - b sin, a sin + b cos) of the angle
+    position * 10000**(-2i/D): the product of a query and a key then depends on their distance alone
+    (Su et al. 2021, eq. 14-16; there the pairs are neighbouring channels). Keeps the dtype of x.
     """
     D = x.shape[-1]
+    if D % 2:
+        raise ValueError(f"channels turn in pairs: their number must be even, but it is {D}")
     speeds = 10000 ** (-torch.arange(0, D, 2, device=x.device) / D)  # (D/2,)
     angles = positions[:, None] * speeds  # (T, D/2)
     cos, sin = angles.cos(), angles.sin()
-    a, b = x.chunk(2, dim=-1)  # the pairs: channel i and channel i + D/2
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
 
 
 # %% ../notebooks/02_attention.ipynb #kv-cache
@@ -69,13 +72,19 @@ class KVCache:
 class MultiHeadAttention(nn.Module):
     """`n_head` heads of causal self-attention at once: x (B, T, n_embd) -> (B, T, n_embd).
 
-    With a `KVCache`, x holds the new tokens only: they attend to the cached ones too, and are added to the cache.
+    `qkv` holds the queries of all heads, then all keys, then all values; `proj` mixes the heads.
+    With a `KVCache`, x holds the new tokens only: they look at the cached ones too, and are then cached.
+    `rotary` turns queries and keys by position. `dropout` falls on weights and output, in training only.
     """
 
     def __init__(self, n_embd, n_head, rotary=False, bias=True, dropout=0.0):
         super().__init__()
-        if n_embd % n_head:
-            raise ValueError(f"n_embd = {n_embd} channels cannot be divided among n_head = {n_head} heads")
+        head_size, rest = divmod(n_embd, n_head)
+        if rest:
+            raise ValueError(f"n_embd = {n_embd} channels cannot be divided among "
+                             f"n_head = {n_head} heads")
+        if rotary and head_size % 2:
+            raise ValueError(f"rotary positions turn pairs of channels, but a head has {head_size}")
         self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=False)
         self.proj = nn.Linear(n_embd, n_embd, bias=bias)
         self.n_head, self.rotary, self.dropout = n_head, rotary, dropout
@@ -89,11 +98,11 @@ class MultiHeadAttention(nn.Module):
             q, k = rotate(q, positions), rotate(k, positions)
         if cache is not None:
             k, v = cache.append(k, v)  # each (B, H, past + T, D)
-        visible = None  # is_causal needs no mask, but means something else when the cache makes k longer than q
-        if past:
+        visible = None
+        if past and T > 1:  # is_causal would fill the wrong corner; a single token sees all
             visible = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout, is_causal=not past)
+        y = F.scaled_dot_product_attention(q, k, v, visible, dropout, is_causal=not past)  # (B, H, T, D)
         y = self.proj(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training)
 
