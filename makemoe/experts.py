@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 # %% ../notebooks/03_experts.ipynb #experts-expert
 def squared_relu(x):
-    "relu(x)**2 (So et al. 2021, Primer)."
+    "relu(x)**2, element by element (So et al. 2021, Primer)."
     return F.relu(x).square()
 
 
@@ -19,18 +19,24 @@ ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "squared_relu": squared_relu}
 
 
 class Expert(nn.Module):
-    """A small MLP, applied to each token alone: x (..., n_embd) -> (..., n_embd), through `n_hidden` channels.
+    """A small MLP, applied to each token alone: x (..., n_embd) -> (..., n_hidden) -> (..., n_embd).
 
-    `activation` is a name from ACTIVATIONS. The feed-forward layer of Vaswani et al. 2017, eq. 2.
+    `activation`, a name from ACTIVATIONS, acts on the hidden channels; dropout falls on the answer,
+    in training only. An unknown activation raises ValueError. The feed-forward layer of Vaswani et al.
+    2017, eq. 2.
     """
 
     def __init__(self, n_embd, n_hidden, activation="relu", bias=True, dropout=0.0):
         super().__init__()
+        if activation not in ACTIVATIONS:
+            known = ", ".join(ACTIVATIONS)
+            raise ValueError(f"activation is {activation!r}, but must be one of {known}")
         self.up = nn.Linear(n_embd, n_hidden, bias=bias)
         self.down = nn.Linear(n_hidden, n_embd, bias=bias)
         self.activation = ACTIVATIONS[activation]
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x):
-        return self.dropout(self.down(self.activation(self.up(x))))
+        hidden = self.activation(self.up(x))  # (..., n_hidden)
+        return self.dropout(self.down(hidden))
 

@@ -1,0 +1,182 @@
+"""Lesson 03. The oracles: nn.Sequential with the same weights, and a loop over hidden units in plain Python."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+from makemoe.experts import ACTIVATIONS, Expert, squared_relu
+
+FORMULAS = {
+    "relu": lambda z: max(z, 0.0),
+    "gelu": lambda z: z * (1 + math.erf(z / math.sqrt(2))) / 2,
+    "squared_relu": lambda z: max(z, 0.0) ** 2,
+}
+MODULES = {"relu": nn.ReLU(), "gelu": nn.GELU()}
+
+
+def answer_by_loop(expert, token, formula):
+    "The answer of one token, one hidden unit after the other: (C,) as a list."
+    answer = expert.down.bias.tolist()
+    for h, (key, b) in enumerate(zip(expert.up.weight.tolist(), expert.up.bias.tolist())):
+        strength = formula(sum(w * x for w, x in zip(key, token)) + b)
+        for c, value in enumerate(expert.down.weight[:, h].tolist()):
+            answer[c] += strength * value
+    return answer
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_activations_equal_their_formulas(name):
+    z = torch.cat([torch.linspace(-6, 6, 241, dtype=torch.float64), torch.tensor([-50.0, 50.0], dtype=torch.float64)])
+    expected = torch.tensor([FORMULAS[name](v) for v in z.tolist()], dtype=torch.float64)
+    assert_close(ACTIVATIONS[name](z), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_these_are_all_activations():
+    assert set(ACTIVATIONS) == set(FORMULAS)
+    assert ACTIVATIONS["squared_relu"] is squared_relu
+
+
+def test_squared_relu_of_negative_numbers_is_zero_and_so_is_its_slope():
+    z = torch.tensor([-3.0, -0.5, 0.0, 2.0], requires_grad=True)
+    y = squared_relu(z)
+    assert y.tolist() == [0, 0, 0, 4]
+    y.sum().backward()
+    assert z.grad.tolist() == [0, 0, 0, 4]
+
+
+def test_squared_relu_leaves_its_input_as_it_is():
+    z = torch.tensor([-1.0, 2.0])
+    squared_relu(z)
+    assert z.tolist() == [-1, 2]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", MODULES)
+def test_expert_equals_sequential_with_copied_weights(name, bias):
+    expert = Expert(6, 24, activation=name, bias=bias)
+    net = nn.Sequential(nn.Linear(6, 24, bias=bias), MODULES[name], nn.Linear(24, 6, bias=bias))
+    net.load_state_dict(dict(zip(net.state_dict(), expert.state_dict().values())))
+    x = torch.randn(2, 5, 6)
+    assert_close(expert(x), net(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_expert_equals_the_loop_over_hidden_units(name):
+    expert = Expert(4, 7, activation=name).double()
+    x = 2 * torch.randn(5, 4, dtype=torch.float64)
+    expected = [answer_by_loop(expert, token, FORMULAS[name]) for token in x.tolist()]
+    assert_close(expert(x), torch.tensor(expected, dtype=torch.float64), rtol=1e-10, atol=1e-12)
+
+
+def test_relu_is_the_default():
+    expert = Expert(4, 8)
+    x = torch.randn(3, 4)
+    assert_close(expert(x), F.linear(F.linear(x, expert.up.weight, expert.up.bias).clamp(min=0),
+                                     expert.down.weight, expert.down.bias))
+
+
+@given(shape=st.lists(st.integers(0, 4), max_size=3), C=st.integers(1, 6), H=st.integers(1, 9),
+       name=st.sampled_from(sorted(FORMULAS)))
+def test_each_token_alone_for_any_leading_shape(shape, C, H, name):
+    expert = Expert(C, H, activation=name)
+    x = torch.randn(*shape, C)
+    y = expert(x)
+    assert y.shape == x.shape
+    for token, answer in zip(x.reshape(-1, C), y.reshape(-1, C)):
+        assert_close(expert(token), answer)
+
+
+def test_changing_one_token_changes_its_answer_only():
+    expert = Expert(8, 32)
+    x = torch.randn(3, 5, 8)
+    y = x.clone()
+    y[1, 2] = torch.randn(8)
+    changed = (expert(x) - expert(y)).abs().amax(dim=-1) > 1e-6
+    assert changed.nonzero().tolist() == [[1, 2]]
+
+
+def test_permuting_tokens_permutes_answers():
+    expert, x, order = Expert(8, 32), torch.randn(20, 8), torch.randperm(20)
+    assert_close(expert(x[order]), expert(x)[order])
+
+
+def test_relabelling_hidden_units_changes_nothing():
+    expert, other, order = Expert(8, 32), Expert(8, 32), torch.randperm(32)
+    other.up.weight.data, other.up.bias.data = expert.up.weight.data[order], expert.up.bias.data[order]
+    other.down.weight.data, other.down.bias.data = expert.down.weight.data[:, order], expert.down.bias.data
+    x = torch.randn(10, 8)
+    assert_close(other(x), expert(x))
+
+
+@given(C=st.integers(1, 9), H=st.integers(1, 9), bias=st.booleans())
+def test_number_of_parameters(C, H, bias):
+    size = sum(parameter.numel() for parameter in Expert(C, H, bias=bias).parameters())
+    assert size == 2 * C * H + (H + C if bias else 0)
+
+
+def test_without_bias_nothing_comes_from_nothing():
+    assert not Expert(4, 8, bias=False)(torch.zeros(3, 4)).any()
+    assert Expert(4, 8)(torch.zeros(3, 4)).all()
+
+
+def test_names_of_the_weights_are_what_later_lessons_load():
+    shapes = {name: tuple(weight.shape) for name, weight in Expert(4, 8).state_dict().items()}
+    assert shapes == {"up.weight": (8, 4), "up.bias": (8,), "down.weight": (4, 8), "down.bias": (4,)}
+
+
+def test_dropout_falls_on_the_answer_and_what_is_left_is_scaled():
+    p, expert = 0.25, Expert(16, 64, dropout=0.25)
+    x = torch.randn(1000, 16)
+    dropped, full = expert(x), expert.eval()(x)
+    gone = dropped == 0
+    assert_close(dropped, torch.where(gone, 0, full / (1 - p)))
+    # 16,000 coins: six standard deviations are 0.0205, passed by chance less than once in 10**8 runs
+    assert abs(gone.float().mean() - p) < 6 * math.sqrt(p * (1 - p) / gone.numel())
+
+
+def test_dropout_works_in_training_only():
+    expert, x = Expert(16, 64, dropout=0.5), torch.randn(10, 16)
+    plain = Expert(16, 64)
+    plain.load_state_dict(expert.state_dict())
+    assert not torch.equal(expert(x), expert(x))
+    assert torch.equal(expert.eval()(x), plain.train()(x))
+
+
+def test_dropout_is_off_unless_asked_for():
+    expert, x = Expert(16, 64).train(), torch.randn(100, 16)
+    assert torch.equal(expert(x), expert.eval()(x))
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_gradients_equal_finite_differences(name):
+    expert = Expert(3, 5, activation=name).double()
+    x = torch.randn(2, 2, 3, dtype=torch.float64, requires_grad=True)
+    names, weights = zip(*expert.named_parameters())
+
+    def run(x, *weights):
+        return torch.func.functional_call(expert, dict(zip(names, weights)), x)
+
+    assert torch.autograd.gradcheck(run, (x, *weights))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("name", FORMULAS)
+def test_dtype_is_kept(name, dtype):
+    expert = Expert(4, 8, activation=name).to(dtype)
+    assert expert(torch.randn(2, 3, 4, dtype=dtype)).dtype == dtype
+
+
+def test_an_unknown_activation_is_refused_and_the_known_ones_are_named():
+    with pytest.raises(ValueError, match="activation is 'rleu', but must be one of relu, gelu, squared_relu"):
+        Expert(4, 8, activation="rleu")
+
+
+def test_a_wrong_number_of_channels_is_refused():
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        Expert(4, 8)(torch.randn(2, 8))
