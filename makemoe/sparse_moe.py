@@ -13,27 +13,38 @@ from .experts import Expert
 
 # %% ../notebooks/06_sparse_moe.ipynb #sparse-moe-experts
 class Experts(nn.ModuleList):
-    """`num_experts` experts that work on routed tokens: x (..., n_embd) and its `Routing` -> (..., n_embd).
+    """Experts that work on routed tokens: x (..., n_embd) and its `Routing` -> (..., n_embd).
 
-    Each expert runs once, on the tokens it keeps and on no others; the answers are weighted by the gates and added up.
+    Each expert runs once, on the tokens it keeps and on no others; its answers are weighted by the gates
+    and added up (Shazeer et al. 2017, eq. 1). A token that nobody keeps gets zeros. An expert without
+    tokens runs on an empty batch: its gradient is 0, not None. Raises ValueError if the routing is for
+    another shape of tokens or another number of experts.
     """
 
     def __init__(self, num_experts, n_embd, n_hidden, activation="relu", bias=True, dropout=0.0):
         super().__init__(Expert(n_embd, n_hidden, activation, bias, dropout) for _ in range(num_experts))
 
     def forward(self, x, routing):
+        given, needed = tuple(routing.gates.shape), (*x.shape[:-1], len(self))
+        if given != needed:
+            raise ValueError(f"the routing is of shape {given}, these tokens and experts need {needed}")
         tokens = x.reshape(-1, x.shape[-1])  # (N, C)
-        gates, kept = (field.reshape(len(tokens), -1) for field in (routing.gates, routing.kept))  # (N, E)
+        gates = routing.gates.reshape(-1, len(self))  # (N, E)
+        kept = routing.kept.reshape(-1, len(self))  # (N, E)
         y = torch.zeros_like(tokens)
         for e, expert in enumerate(self):
             rows = kept[:, e].nonzero().squeeze(-1)  # the tokens of expert e
-            y.index_add_(0, rows, (gates[rows, e, None] * expert(tokens[rows])).to(y.dtype))
+            weighed = gates[rows, e, None] * expert(tokens[rows])  # (len(rows), C)
+            y.index_add_(0, rows, weighed.to(y.dtype))  # gates are float32, x may be bfloat16
         return y.view_as(x)
 
 
 # %% ../notebooks/06_sparse_moe.ipynb #sparse-moe-layer
 class SparseMoE(nn.Module):
-    "A router that decides and experts that do the work: x (..., n_embd) -> (y of the same shape, the `Routing`)."
+    """A router that decides and experts that do the work: x (..., n_embd) -> (y like x, the `Routing`).
+
+    `router(x)` returns a `Routing`, `experts(x, routing)` carries it out: any two that do so will fit.
+    """
 
     def __init__(self, router, experts):
         super().__init__()
