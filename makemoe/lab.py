@@ -55,8 +55,9 @@ def show_gates(gates, tokens, title=""):
 
 # %% ../notebooks/00_lab.ipynb #show-text
 def show_text(text, experts, title=""):
-    "Draw `text` with each character on the colour of its expert, `experts` a list as long as the text."
-    assert len(text) == len(experts), f"{len(text)} characters but {len(experts)} experts"
+    "Draw `text` with each character on the colour of its expert: `experts` has a number per character, or None for no colour."
+    if len(text) != len(experts):
+        raise ValueError(f"{len(text)} characters but {len(experts)} experts")
     lines = text.split("\n")
     width = max(len(line) for line in lines)
     fig, ax = plt.subplots(figsize=(0.5 + 0.125 * width, 0.5 + 0.25 * len(lines)))
@@ -65,15 +66,17 @@ def show_text(text, experts, title=""):
         if character == "\n":
             row, column = row + 1, 0
             continue
+        color = "none" if e is None else (*expert_color(e), 0.45)
         ax.text(column, -row, character, family="monospace", ha="center", va="center", size=10,
-                bbox=dict(boxstyle="square,pad=0.12", facecolor=(*expert_color(e), 0.45), edgecolor="none"))
+                bbox=dict(boxstyle="square,pad=0.12", facecolor=color, edgecolor="none"))
         column += 1
     ax.set(xlim=(-1, width), ylim=(0.6 - len(lines), 0.6))
     ax.axis("off")
     ax.set_title(title, loc="left", size=10)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=(*expert_color(e), 0.45)) for e in sorted(set(experts))]
-    ax.legend(handles, [f"expert {e}" for e in sorted(set(experts))], ncols=8, loc="upper left",
-              bbox_to_anchor=(0, 0), frameon=False, fontsize=8)
+    numbers = sorted(set(experts) - {None})
+    handles = [plt.Rectangle((0, 0), 1, 1, color=(*expert_color(e), 0.45)) for e in numbers]
+    ax.legend(handles, [f"expert {e}" for e in numbers], ncols=8, loc="upper left", bbox_to_anchor=(0, 0),
+              frameon=False, fontsize=8)
 
 # %% ../notebooks/00_lab.ipynb #text-html
 def text_to_html(text, experts, title):
@@ -81,9 +84,11 @@ def text_to_html(text, experts, title):
     def css(e):
         return "#" + "".join(f"{round(255 * (0.55 + 0.45 * channel)):02x}" for channel in expert_color(e))
 
-    assert len(text) == len(experts), f"{len(text)} characters but {len(experts)} experts"
-    spans = "".join(f'<span class="e{e}" title="expert {e}">{html.escape(c)}</span>' for c, e in zip(text, experts))
-    numbers = sorted(set(experts))
+    if len(text) != len(experts):
+        raise ValueError(f"{len(text)} characters but {len(experts)} experts")
+    spans = "".join(html.escape(c) if e is None else f'<span class="e{e}" title="expert {e}">{html.escape(c)}</span>'
+                    for c, e in zip(text, experts))
+    numbers = sorted(set(experts) - {None})
     style = "".join(f".e{e} {{ background: {css(e)} }}\n" for e in numbers)
     legend = " ".join(f'<span class="e{e}">&nbsp;expert {e}&nbsp;</span>' for e in numbers)
     return (f'<!DOCTYPE html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n'
