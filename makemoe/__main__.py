@@ -1,0 +1,3 @@
+from makemoe.shakespeare import main
+
+main()

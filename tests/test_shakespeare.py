@@ -1,0 +1,125 @@
+"""Lesson 13. The command, tried as a person would: as a process of its own in an empty folder."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+from makemoe.generation import generate
+from makemoe.model import MoEConfig
+from makemoe.shakespeare import PRESETS, RESULTS, new_folder, write
+from makemoe.training import TrainConfig, load_checkpoint
+
+ROOT = Path(__file__).parent.parent
+TINY = "--n-layer 1 --n-embd 16 --n-head 2 --n-hidden 16 --block-size 16 --batch-size 8 --eval-blocks 8".split()
+
+
+def makemoe(*words, folder):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "MPLBACKEND": "agg"}
+    command = [sys.executable, "-m", "makemoe", *words]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    "A folder in which a tiny model was trained on a text of its own, and what the command said."
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "play.txt").write_text("KING:\nTo be, or not to be, that is the question.\n\n" * 200, encoding="utf-8")
+    done = makemoe("train", "laptop", *TINY, "--steps", "40", "--eval-every", "20", "--data", "play.txt", folder=folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def test_training_leaves_all_results_and_says_where(trained):
+    folder, done = trained
+    for name in RESULTS:
+        assert (folder / "runs" / "laptop" / name).stat().st_size > 0
+        assert os.path.join("runs", "laptop", name) in done.stdout
+    assert {path.name for path in (folder / "runs" / "laptop").iterdir()} == set(RESULTS)
+    sample = (folder / "runs" / "laptop" / "sample.txt").read_text(encoding="utf-8")
+    assert len(sample) == 1001 and sample.strip() in done.stdout
+
+
+def test_the_checkpoint_is_the_model_that_was_asked_for(trained):
+    model, tokenizer, history = load_checkpoint(trained[0] / "runs" / "laptop" / "model.safetensors")
+    assert (model.config.n_layer, model.config.n_embd, model.config.block_size) == (1, 16, 16)
+    assert "".join(sorted(set("KING:\nTo be, or not to be, that is the question.\n\n"))) == tokenizer.characters
+    assert [record["step"] for record in history] == [0, 20, 40]
+    assert history[-1]["val_loss"] < history[0]["val_loss"]
+
+
+def test_nothing_is_overwritten(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert [new_folder("a").name for _ in range(3)] == ["a", "a-2", "a-3"]
+
+
+def test_generation_streams_and_repeats_with_a_seed(trained):
+    words = ["generate", "--num-tokens", "60", "--seed", "3", "--prompt", "KING:"]
+    first, second = (makemoe(*words, folder=trained[0]) for _ in range(2))
+    assert first.returncode == 0, first.stderr
+    assert first.stdout == second.stdout
+    assert first.stdout.startswith("KING:") and len(first.stdout) == len("KING:") + 60 + 1
+
+
+def test_write_gives_the_text_of_generate_and_the_expert_of_each_character(trained):
+    model, tokenizer, _ = load_checkpoint(trained[0] / "runs" / "laptop" / "model.safetensors")
+    written = list(write(model, tokenizer, "To be", 10, seed=5))
+    ids = generate(model, tokenizer.encode("To be")[None], 10, seed=5)[0]
+    assert "".join(character for character, _ in written) == tokenizer.decode(ids[5:].tolist())
+    with torch.no_grad():  # an uncached forward pass over the whole text: 15 tokens fit into the block of 16
+        gates = model(ids[None]).routings[-1].gates[0]
+    assert [expert for _, expert in written] == gates.argmax(-1)[4:-1].tolist()
+
+
+@pytest.mark.parametrize("words, message", [
+    (["train", "laptop", "--data", "nowhere.txt"], "no file nowhere.txt"),
+    (["train", "laptop", "--data", "short.txt"], "short.txt is too short"),
+    (["train", "laptop", "--top-k", "9"], "top_k = 9 experts per token, but there are only num_experts = 8"),
+    (["train", "laptop", "--steps", "0"], "steps is 0, but must be at least 1"),
+    (["generate", "--checkpoint", "nowhere"], "no checkpoint nowhere"),
+    (["generate"], "no model below runs yet"),
+])
+def test_mistakes_get_one_clear_message_and_status_2(words, message, tmp_path):
+    (tmp_path / "short.txt").write_text("To be", encoding="utf-8")
+    done = makemoe(*words, folder=tmp_path)
+    assert done.returncode == 2
+    assert message in " ".join(done.stderr.replace("│", " ").split())
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists(), "a mistake leaves no empty folder behind"
+
+
+def test_a_prompt_outside_of_the_vocabulary_is_refused(trained):
+    done = makemoe("generate", "--prompt", "KING: é", folder=trained[0])
+    assert done.returncode == 2 and "'é'" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_every_field_of_the_configs_is_an_option(tmp_path):
+    text = makemoe("train", "gpu", "--help", folder=tmp_path).stdout
+    for config in MoEConfig, TrainConfig:
+        for field in fields(config):
+            assert f"--{field.name.replace('_', '-')}" in text, f"{field.name} is not an option"
+    assert set(PRESETS) == {"laptop", "gpu", "blog"}
+    assert "(default: 384)" in text, "the options start from the preset"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
+def test_ctrl_c_saves_and_says_so(trained, tmp_path):
+    command = [sys.executable, "-m", "makemoe", "train", "laptop", *TINY, "--steps", "1000000", "--eval-every", "20",
+               "--data", str(trained[0] / "play.txt")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    checkpoint = tmp_path / "runs" / "laptop" / "model.safetensors"
+    deadline = time.time() + 120
+    while not checkpoint.exists() and time.time() < deadline:
+        time.sleep(0.1)  # until the first evaluation is saved; what is tested does not depend on when
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "stopped" in said and str(Path("runs/laptop/model.safetensors")) in said
+    load_checkpoint(checkpoint)

@@ -1,0 +1,564 @@
+"""Lesson 11. The oracles are plain loops over blocks, a schedule computed with fractions, and AdamW by its equations."""
+
+import functools
+import importlib.util
+import json
+import math
+import sys
+from dataclasses import asdict, replace
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+from makemoe import training
+from makemoe.data import CharTokenizer, get_batch
+from makemoe.lab import seed_everything
+from makemoe.model import MoEConfig, SparseMoELanguageModel
+from makemoe.training import (
+    TrainConfig, estimate_loss, learning_rate, load_checkpoint, mlflow_run, save_checkpoint, train,
+)
+
+TINY = MoEConfig(vocab_size=11, block_size=8, n_embd=16, n_head=2, n_layer=2, num_experts=4, top_k=2, n_hidden=16)
+SHORT = TrainConfig(steps=7, batch_size=4, lr=0.01, warmup=2, eval_every=3, eval_blocks=4)
+RESTLESS = replace(TINY, router="noisy", dropout=0.3)  # random wherever it may be
+
+
+def tiny_model(config=TINY):
+    seed_everything(1337)
+    return SparseMoELanguageModel(config)
+
+
+def stream(length, vocab_size=11):
+    return torch.randint(vocab_size, (length,), generator=torch.Generator().manual_seed(length))
+
+
+# ---- the schedule
+
+
+def schedule_by_fractions(step, steps, warmup, final):
+    "In units of lr, and exact: the lower of the way up and the way down."
+    if step < warmup:
+        return Fraction(step + 1, warmup)
+    return final + (1 - final) * Fraction(steps - step, steps - warmup)
+
+
+@given(st.integers(1, 50), st.integers(0, 60), st.integers(0, 4))
+def test_schedule_equals_fractions_at_every_step(steps, warmup, quarters):
+    config = TrainConfig(steps=steps, warmup=warmup, lr=3e-3, final_lr=quarters / 4)
+    for step in range(steps):
+        expected = 3e-3 * schedule_by_fractions(step, steps, warmup, Fraction(quarters, 4))
+        assert learning_rate(step, config) == pytest.approx(float(expected), rel=1e-12)
+
+
+def test_schedule_at_its_corners():
+    config = TrainConfig(steps=1000, warmup=100, lr=1.0, final_lr=0.0)
+    corners = {0: 0.01, 99: 1.0, 100: 1.0, 550: 0.5, 999: 1 / 900, 1000: 0.0}
+    for step, expected in corners.items():
+        assert learning_rate(step, config) == pytest.approx(expected)
+
+
+@given(st.integers(1, 200), st.integers(0, 200))
+def test_every_step_moves_and_none_exceeds_lr(steps, warmup):
+    config = TrainConfig(steps=steps, warmup=warmup)
+    rates = [learning_rate(step, config) for step in range(steps)]
+    assert all(0 < rate <= config.lr * (1 + 1e-12) for rate in rates)
+    assert warmup > steps or max(rates) == pytest.approx(config.lr)
+
+
+def test_constant_learning_rate_of_the_article():
+    assert {learning_rate(step, TrainConfig.blog()) for step in range(0, 5000, 7)} == {1e-3}
+
+
+# ---- the settings
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(steps=0), "steps is 0, but must be at least 1"),
+    (dict(batch_size=-1), "batch_size is -1, but must be at least 1"),
+    (dict(eval_every=0), "eval_every is 0, but must be at least 1"),
+    (dict(eval_blocks=0), "eval_blocks is 0, but must be at least 1"),
+    (dict(warmup=-1), "warmup is -1, but must be at least 0"),
+    (dict(final_lr=-0.1), "final_lr is -0.1, but must be at least 0"),
+    (dict(weight_decay=-1), "weight_decay is -1, but must be at least 0"),
+    (dict(lr=0), "lr is 0, but must be above 0"),
+    (dict(lr=math.nan), "lr is nan, but must be above 0"),
+    (dict(clip=0), "clip is 0, but must be above 0"),
+    (dict(beta2=1.0), "beta2 is 1.0, but must be below 1"),
+    (dict(beta2=math.nan), "beta2 is nan, but must be at least 0"),
+])
+def test_settings_that_make_no_sense_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**changes)
+
+
+def test_presets_take_changes():
+    for preset in TrainConfig.laptop, TrainConfig.gpu, TrainConfig.blog:
+        assert preset(steps=3, lr=0.5) == replace(preset(), steps=3, lr=0.5)
+
+
+# ---- the estimate
+
+
+def loss_by_loop(model, ids, numbers):
+    "Mean over single blocks, one at a time, cross-entropy written out; and the loads."
+    T, losses, load = model.config.block_size, [], 0
+    with torch.no_grad():
+        for i in numbers:
+            output = model(ids[None, i * T : i * T + T])
+            log_probs = output.logits[0].log_softmax(-1)
+            losses += [-log_probs[t, ids[i * T + t + 1]].item() for t in range(T)]
+            load = load + torch.stack([routing.kept.sum((0, 1)) for routing in output.routings])
+    return sum(losses) / len(losses), load.tolist()
+
+
+@given(st.integers(9, 90), st.integers(1, 7))
+@settings(max_examples=15)
+def test_estimate_equals_a_loop_over_all_blocks(length, batch_size):
+    model, ids = tiny_model().eval(), stream(length)
+    loss, load = estimate_loss(model, ids, batch_size)
+    expected, expected_load = loss_by_loop(model, ids, range((length - 1) // 8))
+    assert loss == pytest.approx(expected, abs=1e-5)
+    assert load == expected_load
+
+
+@given(st.integers(1, 14), st.integers(1, 20), st.integers(1, 5))
+@settings(max_examples=15)
+def test_estimate_of_some_blocks_takes_them_evenly_spread(fit, blocks, batch_size):
+    model, ids = tiny_model().eval(), stream(8 * fit + 5)
+    count = min(blocks, fit)
+    numbers = [math.floor(Fraction(i * fit, count)) for i in range(count)]
+    assert len(set(numbers)) == count and numbers[0] == 0
+    loss, load = estimate_loss(model, ids, batch_size, blocks)
+    expected, expected_load = loss_by_loop(model, ids, numbers)
+    assert loss == pytest.approx(expected, abs=1e-5)
+    assert load == expected_load
+
+
+def test_estimate_of_the_shortest_stream_and_of_one_that_is_too_short():
+    model = tiny_model().eval()
+    ids = stream(9)
+    assert estimate_loss(model, ids)[0] == pytest.approx(model(ids[None, :8], ids[None, 1:]).loss.item(), abs=1e-6)
+    for length in 8, 1, 0:
+        with pytest.raises(ValueError, match=f"a text of {length} tokens is too short for a block of 8 and its next"):
+            estimate_loss(model, ids[:length])
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_estimate_disturbs_nothing(mode):
+    model, ids = tiny_model(RESTLESS).train(mode), stream(100)
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    state = torch.get_rng_state()
+    first = estimate_loss(model, ids, batch_size=5)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(module.training == mode for module in model.modules())
+    assert estimate_loss(model, ids, batch_size=5) == first  # no noise, whatever the mode outside
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
+    assert isinstance(first[0], float) and all(isinstance(count, int) for layer in first[1] for count in layer)
+
+
+def test_only_the_steps_of_a_training_keep_gradients_and_make_noise():
+    model, seen = tiny_model(RESTLESS).eval(), []
+    model.lm_head.register_forward_hook(lambda head, _, output: seen.append((output.requires_grad, head.training)))
+    estimate_loss(model, stream(50))
+    assert seen == [(False, False)]
+    train(model, stream(200), stream(90), SHORT)
+    assert seen.count((True, True)) == SHORT.steps and set(seen) == {(False, False), (True, True)}
+
+
+def test_estimate_puts_the_mode_back_when_it_is_interrupted():
+    model = tiny_model()
+    model.lm_head.register_forward_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        estimate_loss(model, stream(50))
+    assert model.training
+
+
+def test_estimate_counts_every_choice():
+    _, load = estimate_loss(tiny_model(), stream(8 * 6 + 1), batch_size=4)
+    assert [len(layer) for layer in load] == [4, 4]
+    assert [sum(layer) for layer in load] == [6 * 8 * 2] * 2
+
+
+# ---- the training
+
+
+def test_training_learns_a_repetitive_text():
+    text = "to be or not to be, " * 60
+    tokenizer = CharTokenizer(text)
+    ids = tokenizer.encode(text)
+    model = tiny_model(replace(TINY, vocab_size=tokenizer.vocab_size))
+    config = TrainConfig(steps=80, batch_size=8, lr=0.02, warmup=10, eval_every=80, eval_blocks=8)
+    history = train(model, ids[:1000], ids[1000:], config)
+    assert history[0]["val_loss"] == pytest.approx(math.log(tokenizer.vocab_size), abs=0.1)
+    assert history[-1]["val_loss"] < 0.5 < math.log(tokenizer.vocab_size) / 4
+
+
+@pytest.mark.parametrize("steps, every, expected", [
+    (7, 3, [0, 3, 6, 7]), (6, 3, [0, 3, 6]), (1, 100, [0, 1]), (2, 1, [0, 1, 2]),
+])
+def test_records_come_at_the_start_regularly_and_at_the_end(steps, every, expected):
+    seen = []
+    config = replace(SHORT, steps=steps, eval_every=every)
+    history = train(tiny_model(), stream(200), stream(90), config, on_eval=lambda record: seen.append(dict(record)))
+    assert [record["step"] for record in history] == expected
+    assert seen == history
+    for record in history:
+        assert list(record) == ["step", "seconds", "train_loss", "val_loss", "load"]
+        assert [len(layer) for layer in record["load"]] == [4, 4]
+        assert [sum(layer) for layer in record["load"]] == [4 * 8 * 2] * 2
+    assert history == json.loads(json.dumps(history))  # plain data
+    assert sorted(record["seconds"] for record in history) == [record["seconds"] for record in history]
+
+
+def test_a_record_tells_training_text_from_held_out_text_and_hears_no_noise():
+    model = tiny_model(RESTLESS)
+    ours, held_out = stream(200) % 3, stream(90)  # very different texts
+    records = train(model, ours, held_out, SHORT)
+    assert not model.training
+    model.train()  # noise outside must not matter
+    train_loss, _ = estimate_loss(model, ours, 4, 4)
+    val_loss, load = estimate_loss(model, held_out, 4, 4)
+    assert (records[-1]["train_loss"], records[-1]["val_loss"], records[-1]["load"]) == (train_loss, val_loss, load)
+    assert train_loss < val_loss - 0.01
+
+
+def test_evaluating_more_often_changes_nothing():
+    runs = []
+    for every in 1, 7:
+        model = tiny_model(RESTLESS)
+        runs.append((train(model, stream(200), stream(90), replace(SHORT, eval_every=every))[-1], model.state_dict()))
+    (one, weights), (other, other_weights) = runs
+    assert one["val_loss"] == other["val_loss"]
+    assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
+
+
+def test_same_seed_same_numbers_and_another_seed_others():
+    def run(seed):
+        model = tiny_model(RESTLESS)
+        history = train(model, stream(200), stream(90), replace(SHORT, seed=seed))
+        return [(record["train_loss"], record["val_loss"], record["load"]) for record in history], model.state_dict()
+
+    (history, weights), (again, same), (_, other) = run(3), run(3), run(4)
+    assert history == again
+    assert all(torch.equal(weights[name], same[name]) for name in weights)
+    assert not all(torch.equal(weights[name], other[name]) for name in weights)
+
+
+def test_training_works_in_place():
+    model = tiny_model()
+    weights = list(model.parameters())
+    before = [w.detach().clone() for w in weights]
+    train(model, stream(200), stream(90), SHORT)
+    assert all(a is b for a, b in zip(model.parameters(), weights))
+    assert all(not torch.equal(w, old) for w, old in zip(weights, before))
+
+
+def by_hand(model, ids, config):
+    "The same training without torch.optim: AdamW by its equations, the gradient clipped by a norm computed here."
+    order = torch.Generator().manual_seed(config.seed)
+    weights = list(model.parameters())
+    m, v = [torch.zeros_like(w) for w in weights], [torch.zeros_like(w) for w in weights]
+    for step in range(config.steps):
+        x, y = get_batch(ids, config.batch_size, model.config.block_size, order)
+        gradients = torch.autograd.grad(model(x, y).loss, weights)
+        norm = sum(g.square().sum() for g in gradients).sqrt().item()
+        lr = float(config.lr * schedule_by_fractions(step, config.steps, config.warmup, Fraction(config.final_lr)))
+        with torch.no_grad():
+            for i, (w, g) in enumerate(zip(weights, gradients)):
+                g = g * min(1.0, config.clip / norm)
+                m[i] = 0.9 * m[i] + 0.1 * g
+                v[i] = config.beta2 * v[i] + (1 - config.beta2) * g**2
+                if w.dim() > 1:
+                    w -= lr * config.weight_decay * w
+                moved = m[i] / (1 - 0.9 ** (step + 1)) / ((v[i] / (1 - config.beta2 ** (step + 1))).sqrt() + 1e-8)
+                w -= lr * moved
+
+
+@pytest.mark.parametrize("changes", [
+    {}, dict(clip=0.05, weight_decay=3.0, beta2=0.5), dict(warmup=0, final_lr=1.0, clip=math.inf),
+], ids=["plain", "strong", "constant"])
+def test_training_equals_adamw_by_hand(changes):
+    config = replace(SHORT, steps=5, **changes)
+    sizes = replace(TINY, bias=True, norm="layer")  # more vectors
+    ours, expected = (tiny_model(sizes) for _ in range(2))
+    train(ours, stream(200), stream(90), config)
+    by_hand(expected, stream(200), config)
+    for (name, w), theirs in zip(ours.named_parameters(), expected.parameters()):
+        assert_close(w, theirs, rtol=1e-4, atol=1e-6, msg=lambda m: f"{name}: {m}")
+
+
+def test_only_matrices_decay_and_the_schedule_is_followed(monkeypatch):
+    seen = []
+
+    class Spy(torch.optim.AdamW):
+        def step(self, *arguments, **settings):
+            seen.append([(g["lr"], g["weight_decay"], {p.dim() for p in g["params"]}) for g in self.param_groups])
+            return super().step(*arguments, **settings)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Spy)
+    train(tiny_model(replace(TINY, bias=True)), stream(200), stream(90), SHORT)
+    rates = [learning_rate(step, SHORT) for step in range(SHORT.steps)]
+    assert seen == [[(rate, SHORT.weight_decay, {2}), (rate, 0.0, {1})] for rate in rates]
+
+
+def test_training_without_cuda_never_asks_for_it(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("touched CUDA")
+
+    for name in "_lazy_init", "is_bf16_supported", "current_device", "synchronize":
+        monkeypatch.setattr(torch.cuda, name, refuse)
+    dtypes = set()
+    model = tiny_model()
+    model.lm_head.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype))
+    train(model, stream(200), stream(90), SHORT)
+    assert dtypes == {torch.float32}
+
+
+def test_a_text_that_is_too_short_is_refused_before_anything_is_learned():
+    for ours, held_out in ((stream(8), stream(90)), (stream(90), stream(8))):
+        model = tiny_model()
+        before = model.lm_head.weight.clone()
+        with pytest.raises(ValueError, match="a text of 8 tokens is too short"):
+            train(model, ours, held_out, SHORT)
+        assert torch.equal(model.lm_head.weight, before)
+
+
+def test_no_progress_bar_where_nobody_looks(capfd):
+    train(tiny_model(), stream(200), stream(90), SHORT)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_bar_in_a_terminal_has_one_line_with_step_loss_and_time(monkeypatch, capfd):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(training, "tqdm", functools.partial(training.tqdm, mininterval=0))  # draw every step
+    monkeypatch.setenv("COLUMNS", "100")
+    train(tiny_model(), stream(200), stream(90), replace(SHORT, steps=12))
+    bar = capfd.readouterr().err
+    assert bar.endswith("\n") and bar.count("\n") == 1
+    last = bar.split("\r")[-1]
+    for piece in "training: 100%", "12/12", "train=", "val=", "step/s" if "step/s" in last else "s/step":
+        assert piece in last
+    assert any("/12 [" in line and "loss=" in line for line in bar.split("\r"))  # between the evaluations, too
+
+
+def test_an_interrupted_training_leaves_a_model_that_has_learned():
+    def stop(record):
+        if record["step"] == 3:
+            raise KeyboardInterrupt
+
+    model = tiny_model()
+    before = model.lm_head.weight.clone()
+    with pytest.raises(KeyboardInterrupt):
+        train(model, stream(200), stream(90), SHORT, on_eval=stop)
+    assert not torch.equal(model.lm_head.weight, before)
+
+
+# ---- MLflow
+
+
+def test_mlflow_is_not_imported_unless_asked_for(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "mlflow", None)  # from here on its import fails
+    spec = importlib.util.find_spec("makemoe.training")
+    fresh = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fresh)
+    assert len(fresh.train(tiny_model(), stream(200), stream(90), fresh.TrainConfig(steps=1, eval_blocks=4))) == 2
+    with pytest.raises(ImportError, match="mlflow"), fresh.mlflow_run({}, tmp_path):
+        pass
+
+
+def test_mlflow_gives_back_what_was_logged(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "not made yet"
+    params = {"data": "shakespeare", **asdict(TINY), **asdict(SHORT)}
+    with mlflow_run(params, folder, name="first") as log:
+        history = train(tiny_model(), stream(200), stream(90), SHORT, on_eval=log)
+    with pytest.raises(KeyboardInterrupt), mlflow_run({}, folder, name="second"):  # the experiment is there already
+        raise KeyboardInterrupt
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder.as_posix()}/mlflow.db")
+    experiment = client.get_experiment_by_name("makemoe")
+    assert experiment.artifact_location == (folder / "mlruns").as_uri()
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert {name: run.info.status for name, run in runs.items()} == {"first": "FINISHED", "second": "FAILED"}
+    run = runs["first"]
+    assert run.data.params == {key: str(value) for key, value in params.items()}
+    for name in "train_loss", "val_loss", "seconds":
+        points = client.get_metric_history(run.info.run_id, name)
+        assert [(point.step, point.value) for point in points] == [(r["step"], r[name]) for r in history]
+    for layer in range(2):
+        points = client.get_metric_history(run.info.run_id, f"imbalance_{layer}")
+        expected = [torch.tensor(r["load"][layer], dtype=torch.double) for r in history]
+        assert [point.value for point in points] == pytest.approx([(e.max() / e.mean()).item() for e in expected])
+    assert [path.name for path in tmp_path.iterdir()] == ["not made yet"]  # nothing beside the folder
+
+
+# ---- checkpoints
+
+
+@pytest.mark.parametrize("preset", ["laptop", "gpu", "blog"])
+def test_checkpoint_gives_back_the_same_model_bit_for_bit(tmp_path, preset):
+    text = "Größe, \"wörtlich\"\n\u2029 ☃ to be"  # characters outside ASCII too
+    tokenizer = CharTokenizer(text)
+    small = dict(vocab_size=tokenizer.vocab_size, block_size=8, n_embd=24, n_layer=2, n_hidden=16)
+    config = getattr(MoEConfig, preset)(**(small | ({"n_head": 4} if preset == "blog" else {})))
+    model = SparseMoELanguageModel(config)
+    history = [dict(step=0, seconds=0.1, train_loss=1 / 3, val_loss=math.inf, load=[[1, 2]])]
+    path = tmp_path / "new folder" / "model.v1.5"
+    save_checkpoint(path, model, tokenizer, history)
+    assert model.training  # saving changes nothing
+    loaded, same, again = load_checkpoint(path)
+    assert not loaded.training and loaded.config == config
+    assert same.characters == tokenizer.characters and same.decode(same.encode(text)) == text
+    assert again == history
+    ids = tokenizer.encode(text)[None, :8]
+    assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_checkpoint_after_training_is_the_trained_model(tmp_path):
+    model = tiny_model()
+    history = train(model, stream(200), stream(90), SHORT)
+    save_checkpoint(tmp_path / "m", model, CharTokenizer("abcdefghijk"), history)
+    loaded, _, again = load_checkpoint(str(tmp_path / "m"))
+    assert estimate_loss(loaded, stream(90), 4, 4)[0] == history[-1]["val_loss"]
+    assert again == history
+
+
+def saved(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_checkpoint(path, tiny_model(), CharTokenizer("abcdefghijk"), [])
+    return path
+
+
+def test_a_loaded_model_can_be_trained_and_saved_over_its_own_file(tmp_path):
+    path = saved(tmp_path)
+    model, tokenizer, history = load_checkpoint(path)
+    train(model, stream(200), stream(90), SHORT)
+    save_checkpoint(path, model, tokenizer, history)
+    assert torch.equal(load_checkpoint(path)[0].lm_head.weight, model.lm_head.weight)
+
+
+def test_a_checkpoint_is_written_beside_its_place_and_then_moved_there(tmp_path, monkeypatch):
+    path, seen = saved(tmp_path), []
+
+    def watched(tensors, target, metadata):
+        seen.append((Path(target).parent == path.parent, Path(target) != path))
+        save_file(tensors, target, metadata)
+
+    monkeypatch.setattr(training, "save_file", watched)
+    save_checkpoint(path, tiny_model(), CharTokenizer("abcdefghijk"))
+    assert seen == [(True, True)]
+
+
+def test_a_save_that_fails_leaves_the_old_file_whole(tmp_path, monkeypatch):
+    path = saved(tmp_path)
+    before = path.read_bytes()
+
+    def full_disk(tensors, target, metadata):
+        Path(target).write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(training, "save_file", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        save_checkpoint(path, tiny_model(RESTLESS), CharTokenizer("abcdefghijk"))
+    assert path.read_bytes() == before
+
+
+def rewrite(path, change_facts=lambda facts: facts, change_weights=lambda weights: weights):
+    "The checkpoint with other facts or weights."
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        facts = json.loads(file.metadata()["makemoe"])
+    save_file(change_weights(load_file(path)), path, metadata={"makemoe": json.dumps(change_facts(facts))})
+
+
+def refused(path, match):
+    with pytest.raises(ValueError, match=match) as caught:
+        load_checkpoint(path)
+    message = str(caught.value)
+    assert "\n" not in message and message.startswith(str(path)) and len(message) < len(str(path)) + 300
+    return message
+
+
+def test_missing_checkpoint_says_how_to_make_one(tmp_path):
+    for path in tmp_path / "none.safetensors", tmp_path:  # a folder is no checkpoint either
+        with pytest.raises(FileNotFoundError, match="no checkpoint .*: train one with `python -m makemoe train`"):
+            load_checkpoint(path)
+
+
+def test_truncated_checkpoint_is_refused_wherever_it_was_cut(tmp_path):
+    path = saved(tmp_path)
+    whole = path.read_bytes()
+    for length in 0, 5, 8, 100, len(whole) // 2, len(whole) - 1:
+        path.write_bytes(whole[:length])
+        refused(path, "is not a safetensors file, or not all of one")
+
+
+@pytest.mark.parametrize("content", [b"to be or not to be", b"PK\x03\x04" + bytes(100), b"\x80\x02}q\x00."])
+def test_other_files_are_refused(tmp_path, content):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    refused(path, "is not a safetensors file, or not all of one")
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
+def test_safetensors_of_somebody_else_are_refused(tmp_path, metadata):
+    path = tmp_path / "bert.safetensors"
+    save_file({"weight": torch.zeros(2)}, path, metadata=metadata)
+    refused(path, "is a safetensors file, but not a checkpoint of makemoe")
+
+
+@pytest.mark.parametrize("change, match", [
+    (lambda facts: facts["config"].update(n_layer=3), "Missing key"),
+    (lambda facts: facts["config"].update(n_embd=32), "size mismatch"),
+    (lambda facts: facts["config"].update(n_layer=0), "n_layer is 0, but must be at least 1"),
+    (lambda facts: facts["config"].update(future_setting=1), "future_setting"),
+    (lambda facts: facts["config"].update(n_embd="many"), "TypeError"),
+    (lambda facts: facts.update(config=None), "TypeError"),
+    (lambda facts: facts.update(characters="abc"), "3 characters for 11 tokens"),
+    (lambda facts: facts.update(characters=7), "TypeError"),
+    (lambda facts: facts.pop("config"), "KeyError: 'config'"),
+    (lambda facts: facts.pop("characters"), "KeyError: 'characters'"),
+    (lambda facts: facts.pop("history"), "KeyError: 'history'"),
+])
+def test_a_header_that_does_not_fit_is_refused(tmp_path, change, match):
+    path = saved(tmp_path)
+    rewrite(path, lambda facts: [facts, change(facts)][0])
+    assert match in refused(path, "does not fit this version of makemoe")
+
+
+@pytest.mark.parametrize("header", ["not json", "[1, 2]", "null", '"config"', '{"config": {'])
+def test_a_header_that_is_no_object_is_refused(tmp_path, header):
+    path = saved(tmp_path)
+    save_file(load_file(path), path, metadata={"makemoe": header})
+    refused(path, "does not fit this version of makemoe")
+
+
+def test_weights_too_many_and_too_few_are_refused(tmp_path):
+    path = saved(tmp_path)
+    rewrite(path, change_weights=lambda weights: weights | {"extra": torch.zeros(1)})
+    assert "extra" in refused(path, "does not fit")
+    path = saved(tmp_path)
+    rewrite(path, change_weights=lambda weights: {k: w for k, w in weights.items() if k != "norm.weight"})
+    assert "norm.weight" in refused(path, "does not fit")
+
+
+def test_nothing_is_pickled(tmp_path, monkeypatch):
+    import pickle
+
+    def refuse(*_, **__):
+        raise AssertionError("pickle")
+
+    for name in "load", "loads", "dump", "dumps", "Unpickler", "Pickler":
+        monkeypatch.setattr(pickle, name, refuse)
+    load_checkpoint(saved(tmp_path))
