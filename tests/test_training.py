@@ -1,4 +1,4 @@
-"""Lesson 11. The oracles are plain loops over blocks, a schedule computed with fractions, and AdamW by its equations."""
+"""Lesson 11. The oracles: loops over single blocks, a schedule in fractions, and AdamW by its equations."""
 
 import functools
 import importlib.util
