@@ -84,6 +84,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'makemoe.model.SparseMoELanguageModel': ('model.html#sparsemoelanguagemodel', 'makemoe/model.py'),
                                'makemoe.model.SparseMoELanguageModel.__init__': ( 'model.html#sparsemoelanguagemodel.__init__',
                                                                                   'makemoe/model.py'),
+                               'makemoe.model.SparseMoELanguageModel.auxiliary_loss': ( 'model.html#sparsemoelanguagemodel.auxiliary_loss',
+                                                                                        'makemoe/model.py'),
                                'makemoe.model.SparseMoELanguageModel.forward': ( 'model.html#sparsemoelanguagemodel.forward',
                                                                                  'makemoe/model.py'),
                                'makemoe.model.SparseMoELanguageModel.init_weights': ( 'model.html#sparsemoelanguagemodel.init_weights',

@@ -46,7 +46,7 @@ def estimate_loss(model, ids, batch_size=32, blocks=None):
         for window in windows.split(batch_size):
             window = window.to(device)
             output = model(window[:, :-1], window[:, 1:])
-            total += output.loss.item() * len(window)  # the last batch may be smaller
+            total += output.lm_loss.item() * len(window)  # the last batch may be smaller
             load = load + torch.stack([routing.load for routing in output.routings])  # (L, E)
     finally:
         model.train(was_training)
@@ -125,8 +125,9 @@ def train(model, train_ids, val_ids, config=TrainConfig(), on_eval=None):
     native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=native)
     generator = torch.Generator().manual_seed(config.seed)
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() < 2]  # norms and biases: nothing to decay
+    matrices, vectors = [], []  # norms and biases are vectors, those of stacked experts too: no decay
+    for name, weight in model.named_parameters():
+        (vectors if weight.dim() < 2 or name.endswith("bias") else matrices).append(weight)
     groups = [dict(params=matrices, weight_decay=config.weight_decay),
               dict(params=vectors, weight_decay=0.0)]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, config.beta2), fused=True)

@@ -15,14 +15,17 @@ from torch.testing import assert_close
 from makemoe.attention import KVCache
 from makemoe.experts import ACTIVATIONS
 from makemoe.gating import Routing
+from makemoe.losses import importance_loss, load_balancing_loss, router_z_loss
 from makemoe.model import Block, LMOutput, MoEConfig, SparseMoELanguageModel, count_parameters
+from makemoe.sparse_moe import Experts
 
 SIZES = dict(vocab_size=13, block_size=12, n_embd=16, n_head=2, n_layer=3, num_experts=4, n_hidden=8)
 KINDS = [
-    dict(router=router, positions=positions, norm=norm, bias=norm == "layer", activation=activation)
-    for (router, positions, norm), activation in zip(
+    dict(router=router, positions=positions, norm=norm, bias=norm == "layer", activation=activation, experts=experts)
+    for (router, positions, norm), activation, experts in zip(
         itertools.product(("topk", "noisy"), ("rotary", "learned"), ("rms", "layer")),
         itertools.cycle(("relu", "gelu", "squared_relu")),
+        itertools.cycle(("loop", "loop", "grouped", "grouped", "grouped")),
     )
 ]
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(map(str, kind.values())))
@@ -35,6 +38,24 @@ def random_model(seed=0, std=0.4, **changes):
     for weight in model.parameters():
         nn.init.normal_(weight, std=std, generator=generator)
     return model.eval()
+
+
+def gradients(experts):
+    "For each expert of a layer, of either kind, the gradients of its weights."
+    if isinstance(experts, Experts):
+        return [[weight.grad for weight in expert.parameters()] for expert in experts]
+    return [[weight.grad[e] for weight in experts.parameters()] for e in range(len(experts.up))]
+
+
+def relabel(experts, order):
+    "Give the experts of a layer, of either kind, other numbers."
+    if isinstance(experts, Experts):
+        originals = list(experts)
+        for place, e in enumerate(order.tolist()):
+            experts[place] = originals[e]
+    else:
+        for weight in experts.parameters():
+            weight.data = weight.data[order]
 
 
 def by_hand(model, ids):
@@ -176,7 +197,7 @@ def test_first_loss_is_the_logarithm_of_the_vocabulary(preset_model):
     config = preset_model.config
     ids, targets = torch.randint(config.vocab_size, (2, 512 // config.block_size, config.block_size))
     with torch.no_grad():
-        excess = preset_model(ids, targets).loss.item() - math.log(config.vocab_size)
+        excess = preset_model(ids, targets).lm_loss.item() - math.log(config.vocab_size)
     assert abs(excess) < 0.1
     assert abs(excess - config.n_embd * 0.02**2 / 2) < 0.06  # logits of variance C * 0.02**2 cost half of that
 
@@ -190,7 +211,7 @@ def test_initial_weights(kind):
         nn.init.constant_(weight, 7.0)
     model.init_weights()  # sets every parameter, whatever was there
     for name, weight in model.named_parameters():
-        if weight.dim() == 1:
+        if weight.dim() == 1 or name.endswith("bias"):
             assert (weight == (0 if name.endswith("bias") else 1)).all(), name
         else:
             std = 0.005 if "attention.proj" in name or "down" in name else 0.02  # 4 = sqrt(2 * 8 layers)
@@ -263,13 +284,13 @@ def test_block_has_the_parts_that_the_config_names():
     assert isinstance(block.norm1, nn.LayerNorm) and isinstance(block.norm2, nn.LayerNorm)
     assert block.norm1 is not block.norm2
     for name, activation in ACTIVATIONS.items():
-        experts = Block(MoEConfig(**SIZES, activation=name)).moe.experts
+        experts = Block(MoEConfig(**SIZES, activation=name, experts="loop")).moe.experts
         assert all(expert.activation is activation for expert in experts)
-    assert block.attention.proj.bias is not None and len(block.moe.experts) == 4
+    assert block.attention.proj.bias is not None and block.moe.experts.up_bias is not None
     plain = Block(MoEConfig(**SIZES))
     assert plain.attention.rotary and not Block(MoEConfig(**SIZES, positions="learned")).attention.rotary
     assert type(plain.moe.router).__name__ == "TopkRouter" and isinstance(plain.norm1, nn.RMSNorm)
-    assert plain.attention.proj.bias is None and plain.moe.experts[0].up.bias is None
+    assert plain.attention.proj.bias is None and plain.moe.experts.up_bias is None
 
 
 # -- the model
@@ -293,8 +314,9 @@ def test_loss_is_the_cross_entropy_of_the_targets_as_they_are(kind):
     model, (ids, targets) = random_model(**kind), torch.randint(13, (2, 3, 8))
     output = model(ids, targets)
     by_token = [-output.logits[b, t].log_softmax(-1)[targets[b, t]] for b in range(3) for t in range(8)]
-    assert_close(output.loss, torch.stack(by_token).mean())
-    assert_close(output.loss, F.cross_entropy(output.logits.transpose(1, 2), targets))
+    assert_close(output.lm_loss, torch.stack(by_token).mean())
+    assert_close(output.lm_loss, F.cross_entropy(output.logits.transpose(1, 2), targets))
+    assert_close(output.loss, output.lm_loss + output.aux_loss)
     assert_close(output.logits, model(ids).logits)  # targets only add the loss
 
 
@@ -368,9 +390,7 @@ def test_relabelling_experts_changes_no_logit(kind):
     for block, order in zip(model.blocks, orders):
         for layer in (module for module in block.moe.router.modules() if isinstance(module, nn.Linear)):
             layer.weight.data, layer.bias.data = layer.weight.data[order], layer.bias.data[order]
-        originals = list(block.moe.experts)
-        for place, e in enumerate(order.tolist()):
-            block.moe.experts[place] = originals[e]
+        relabel(block.moe.experts, order)
     after = model(ids)
     assert_close(after.logits, before.logits)
     for old, new, order in zip(before.routings, after.routings, orders):
@@ -384,9 +404,9 @@ def test_gradients_reach_everything_but_experts_that_nobody_chose(kind, shape):
     output = model(ids, targets)
     output.loss.backward()
     loads = [load for routing in output.routings for load in routing.load.tolist()]
-    experts = [expert for block in model.blocks for expert in block.moe.experts]
-    for expert, load in zip(experts, loads):
-        assert all((p.grad is not None and bool(p.grad.any())) == (load > 0) for p in expert.parameters())
+    experts = [weights for block in model.blocks for weights in gradients(block.moe.experts)]
+    for weights, load in zip(experts, loads, strict=True):
+        assert all((grad is not None and bool(grad.any())) == (load > 0) for grad in weights)
     for name, weight in model.named_parameters():
         if ".experts." not in name:
             assert weight.grad is not None and weight.grad.any(), name
@@ -394,7 +414,7 @@ def test_gradients_reach_everything_but_experts_that_nobody_chose(kind, shape):
 
 @pytest.mark.parametrize("kind", [KINDS[0], KINDS[-1]], ids=["ours", "article"])
 def test_one_batch_is_learned_by_heart(kind):
-    model = SparseMoELanguageModel(MoEConfig(**SIZES | dict(n_embd=32, n_hidden=64), **kind))
+    model = SparseMoELanguageModel(MoEConfig(**SIZES | dict(n_embd=32, n_hidden=64), balance_coef=0.0, **kind))
     text = torch.randint(13, (4, 13))
     text[:, 0] = torch.arange(4)  # four different beginnings, so that every next token can be known
     ids, targets = text[:, :-1], text[:, 1:]
@@ -403,7 +423,7 @@ def test_one_batch_is_learned_by_heart(kind):
         optimizer.zero_grad()
         model(ids, targets).loss.backward()
         optimizer.step()
-    assert model.eval()(ids, targets).loss < 0.1
+    assert model.eval()(ids, targets).lm_loss < 0.1
 
 
 def test_dropout_and_noise_rest_in_evaluation():
@@ -428,7 +448,7 @@ def test_loss_is_float32_under_bfloat16_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = model(ids, targets)
     assert output.loss.dtype == torch.float32
-    assert_close(output.loss, F.cross_entropy(output.logits.float().transpose(1, 2), targets))
+    assert_close(output.lm_loss, F.cross_entropy(output.logits.float().transpose(1, 2), targets))
 
 
 def test_weights_go_through_a_state_dict():
@@ -436,3 +456,80 @@ def test_weights_go_through_a_state_dict():
     copy = SparseMoELanguageModel(model.config)
     copy.load_state_dict(model.state_dict())
     assert torch.equal(copy.eval()(ids).logits, model(ids).logits)
+
+
+# -- what lessons 07 to 09 bring in
+
+
+def test_grouped_experts_and_the_loop_are_the_same_model():
+    grouped, loop = random_model(), random_model(experts="loop")
+    weights = grouped.state_dict()
+    for layer, block in enumerate(grouped.blocks):
+        for name in [name for name in weights if name.startswith(f"blocks.{layer}.moe.experts.")]:
+            del weights[name]
+        for name, weight in block.moe.experts.to_loop().state_dict().items():
+            weights[f"blocks.{layer}.moe.experts.{name}"] = weight
+    loop.load_state_dict(weights)
+    ids, targets = torch.randint(13, (2, 4, 12))
+    ours, theirs = grouped(ids, targets), loop(ids, targets)
+    assert_close(ours.logits, theirs.logits)
+    assert_close(ours.loss, theirs.loss)
+    assert count_parameters(grouped) == count_parameters(loop)
+
+
+def test_aux_loss_is_taken_per_layer_weighted_and_averaged():
+    model = random_model(balance_coef=0.5, importance_coef=0.25, z_coef=2.0)
+    output = model(*torch.randint(13, (2, 3, 9)))
+    by_layer = [0.5 * load_balancing_loss(r) + 0.25 * importance_loss(r) + 2.0 * router_z_loss(r) for r in output.routings]
+    assert_close(output.aux_loss, sum(by_layer) / 3)
+    assert_close(output.loss, output.lm_loss + output.aux_loss)
+
+
+def test_aux_loss_reaches_the_routers_and_zero_coefficients_cost_nothing():
+    ids, targets = torch.randint(13, (2, 3, 9))
+    model = random_model()
+    assert MoEConfig().balance_coef == 0.01 and MoEConfig.blog().balance_coef == 0
+    model(ids).aux_loss.backward()
+    assert all(block.moe.router.linear.weight.grad.any() for block in model.blocks)
+    free = random_model(balance_coef=0.0)(ids, targets)
+    assert free.aux_loss == 0 and free.loss == free.lm_loss
+    assert random_model()(ids).loss is None
+
+
+def test_capacity_drops_in_training_and_spares_evaluation():
+    model, ids = random_model(capacity_factor=0.5, block_size=48), torch.randint(13, (2, 48))
+    assert all(routing.dropped == 0 for routing in model.eval()(ids).routings)
+    output = model.train()(ids)
+    assert all(routing.dropped > 0 for routing in output.routings)
+    assert all((routing.load <= 2 * 12).all() for routing in output.routings)  # 2 rows, 0.5 * 2 * 48 / 4 seats
+    assert all(routing.dropped == 0 for routing in random_model().train()(ids[:, :12]).routings)
+
+
+LEAKS = {"position": False, "choice": True, "probability": True}
+
+
+@pytest.mark.parametrize("priority", LEAKS)
+@pytest.mark.parametrize("router", ["topk", "noisy"])
+def test_only_position_keeps_a_model_with_capacity_causal(router, priority):
+    "The other two are expected to leak: a later token may take the seat of an earlier one."
+    model = random_model(router=router, block_size=48, capacity_factor=0.5, eval_capacity_factor=0.5, priority=priority)
+    ids = torch.randint(13, (20, 48))
+    other = torch.cat([ids[:, :40], torch.randint(13, (20, 8))], dim=1)
+    same = torch.allclose(model(ids).logits[:, :40], model(other).logits[:, :40], atol=1e-5)
+    assert same is not LEAKS[priority]
+
+
+@pytest.mark.parametrize("priority", LEAKS)
+@pytest.mark.parametrize("router", ["topk", "noisy"])
+def test_rows_do_not_disturb_each_other_even_with_capacity(router, priority):
+    model = random_model(router=router, capacity_factor=0.5, eval_capacity_factor=0.5, priority=priority)
+    ids = torch.randint(13, (4, 12))
+    assert_close(torch.cat([model(row[None]).logits for row in ids]), model(ids).logits)
+
+
+@pytest.mark.parametrize("wrong", [
+    dict(experts="many"), dict(priority="chance"), dict(balance_coef=-0.1), dict(z_coef=float("nan")), dict(capacity_factor=0.0),
+])
+def test_nonsense_in_the_new_fields_is_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        MoEConfig(**wrong)

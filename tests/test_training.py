@@ -143,7 +143,7 @@ def test_estimate_of_some_blocks_takes_them_evenly_spread(fit, blocks, batch_siz
 def test_estimate_of_the_shortest_stream_and_of_one_that_is_too_short():
     model = tiny_model().eval()
     ids = stream(9)
-    assert estimate_loss(model, ids)[0] == pytest.approx(model(ids[None, :8], ids[None, 1:]).loss.item(), abs=1e-6)
+    assert estimate_loss(model, ids)[0] == pytest.approx(model(ids[None, :8], ids[None, 1:]).lm_loss.item(), abs=1e-6)
     for length in 8, 1, 0:
         with pytest.raises(ValueError, match=f"a text of {length} tokens is too short for a block of 8 and its next"):
             estimate_loss(model, ids[:length])
@@ -271,11 +271,11 @@ def by_hand(model, ids, config):
         norm = sum(g.square().sum() for g in gradients).sqrt().item()
         lr = float(config.lr * schedule_by_fractions(step, config.steps, config.warmup, Fraction(config.final_lr)))
         with torch.no_grad():
-            for i, (w, g) in enumerate(zip(weights, gradients)):
+            for i, ((name, w), g) in enumerate(zip(model.named_parameters(), gradients)):
                 g = g * min(1.0, config.clip / norm)
                 m[i] = 0.9 * m[i] + 0.1 * g
                 v[i] = config.beta2 * v[i] + (1 - config.beta2) * g**2
-                if w.dim() > 1:
+                if w.dim() > 1 and not name.endswith("bias"):
                     w -= lr * config.weight_decay * w
                 moved = m[i] / (1 - 0.9 ** (step + 1)) / ((v[i] / (1 - config.beta2 ** (step + 1))).sqrt() + 1e-8)
                 w -= lr * moved
@@ -299,13 +299,18 @@ def test_only_matrices_decay_and_the_schedule_is_followed(monkeypatch):
 
     class Spy(torch.optim.AdamW):
         def step(self, *arguments, **settings):
-            seen.append([(g["lr"], g["weight_decay"], {p.dim() for p in g["params"]}) for g in self.param_groups])
+            seen.append([(g["lr"], g["weight_decay"], {id(p) for p in g["params"]}) for g in self.param_groups])
             return super().step(*arguments, **settings)
 
     monkeypatch.setattr(torch.optim, "AdamW", Spy)
-    train(tiny_model(replace(TINY, bias=True)), stream(200), stream(90), SHORT)
+    model = tiny_model(replace(TINY, bias=True))
+    train(model, stream(200), stream(90), SHORT)
+    biases = {id(p) for name, p in model.named_parameters() if name.endswith("bias")}
+    vectors = biases | {id(p) for p in model.parameters() if p.dim() == 1}
+    matrices = {id(p) for p in model.parameters()} - vectors
+    assert any(p.dim() == 2 and id(p) in biases for p in model.parameters()), "stacked experts have stacked biases"
     rates = [learning_rate(step, SHORT) for step in range(SHORT.steps)]
-    assert seen == [[(rate, SHORT.weight_decay, {2}), (rate, 0.0, {1})] for rate in rates]
+    assert seen == [[(rate, SHORT.weight_decay, matrices), (rate, 0.0, vectors)] for rate in rates]
 
 
 def test_training_without_cuda_never_asks_for_it(monkeypatch):
