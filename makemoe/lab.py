@@ -14,23 +14,24 @@ import random
 import matplotlib.pyplot as plt
 import torch
 
-# %% ../notebooks/00_lab.ipynb #seeds
+# %% ../notebooks/00_lab.ipynb #lab-seed-everything
 def seed_everything(seed=1337):
     "Make every random number that follows repeat itself: Python's and PyTorch's, on all devices."
     random.seed(seed)
     torch.manual_seed(seed)
 
-# %% ../notebooks/00_lab.ipynb #device
+
+# %% ../notebooks/00_lab.ipynb #pick-device
 def pick_device():
     "The fastest device at hand: 'cuda', 'mps' or 'cpu'."
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
-# %% ../notebooks/00_lab.ipynb #fast
+# %% ../notebooks/00_lab.ipynb #fast-export
 FAST = os.environ.get("MAKEMOE_FAST", "0") == "1"  # the tests set it: lessons then train for fewer steps
 
-# %% ../notebooks/00_lab.ipynb #colors
+# %% ../notebooks/00_lab.ipynb #expert-color
 def expert_color(e):
     "The colour of expert `e`, the same in every picture."
     return plt.get_cmap("tab10").colors[e % 10]
@@ -40,7 +41,7 @@ def show_gates(gates, tokens, title=""):
     "Draw the weights of one sequence, `gates` (T, E): a column per token, a row per expert, dark where heavy."
     T, E = gates.shape
     fig, ax = plt.subplots(figsize=(min(1.5 + 0.36 * max(T, 8), 12), 0.8 + 0.32 * E))
-    ax.imshow(gates.detach().cpu().T, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    ax.imshow(gates.detach().cpu().T.numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
     ax.set_xticks(range(T), [{" ": "␣", "\n": "⏎"}.get(token, token) for token in tokens])
     ax.set_yticks(range(E), [f"expert {e}" for e in range(E)])
     if T * E <= 64:  # few enough to write the numbers down
@@ -78,7 +79,7 @@ def show_text(text, experts, title=""):
     ax.legend(handles, [f"expert {e}" for e in numbers], ncols=8, loc="upper left", bbox_to_anchor=(0, 0),
               frameon=False, fontsize=8)
 
-# %% ../notebooks/00_lab.ipynb #text-html
+# %% ../notebooks/00_lab.ipynb #lab-text-to-html
 def text_to_html(text, experts, title):
     "The same as a page that stands alone: `text` coloured by `experts`, the expert's number when the mouse rests on it."
     def css(e):

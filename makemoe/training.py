@@ -83,7 +83,7 @@ class TrainConfig:
 
     @classmethod
     def laptop(cls, **changes):
-        "About four minutes on two CPU cores."
+        "Less than four minutes on two CPU cores."
         return cls(**changes)
 
     @classmethod
