@@ -93,9 +93,10 @@ def text_to_html(text, experts, title):
     style = "".join(f".e{e} {{ background: {css(e)} }}\n" for e in numbers)
     legend = " ".join(f'<span class="e{e}">&nbsp;expert {e}&nbsp;</span>' for e in numbers)
     return (f'<!DOCTYPE html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n'
-            f"<style>\nbody {{ max-width: 50em; margin: 2em auto; font-family: sans-serif }}\n"
-            f"pre {{ font-size: 15px; line-height: 1.5; white-space: pre-wrap }}\n{style}</style>\n"
-            f"<h1>{html.escape(title)}</h1>\n<p>{legend}</p>\n<pre>{spans}</pre>\n</html>\n")
+            f"<style>\n.makemoe {{ max-width: 50em; margin: 2em auto; font-family: sans-serif }}\n"
+            f".makemoe pre {{ font-size: 15px; line-height: 1.5; white-space: pre-wrap }}\n{style}</style>\n"
+            f'<div class="makemoe">\n<h1>{html.escape(title)}</h1>\n<p>{legend}</p>\n'
+            f"<pre>{spans}</pre>\n</div>\n</html>\n")
 
 # %% ../notebooks/00_lab.ipynb #show-loss
 def show_loss(history):
