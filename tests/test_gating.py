@@ -116,6 +116,11 @@ def test_router_is_a_linear_layer_and_top_k_gating():
     assert_close(routing.gates, top_k_gating(expected, 2).gates)
 
 
+@pytest.mark.parametrize("top_k", [1, 3, 8])
+def test_router_chooses_as_many_experts_as_it_was_told(top_k):
+    assert (TopkRouter(16, 8, top_k)(torch.randn(5, 16)).chosen.sum(-1) == top_k).all()
+
+
 def test_router_treats_each_token_alone():
     router = TopkRouter(16, 8, top_k=2)
     x = torch.randn(2, 5, 16)

@@ -24,7 +24,7 @@ def test_seeds_repeat_all_random_numbers():
     assert draw() == draw()
     first = draw()
     lab.seed_everything(8)
-    assert torch.rand(3).tolist() != first[1]
+    assert random.random() != first[0] and torch.rand(3).tolist() != first[1]
 
 
 def test_the_device_exists():
@@ -84,7 +84,9 @@ class Page(html.parser.HTMLParser):
 
 def test_html_holds_the_text_and_its_experts_and_stands_alone():
     text, experts = 'KING:\n<b>&"x', [None] * 5 + [3, 1, 1, 0, 7, 2, 2]
-    page = Page(lab.text_to_html(text, experts, "a <title>"))
+    source = lab.text_to_html(text, experts, "a <title>")
+    assert '<span class="e1" title="expert 1">&lt;</span>' in source
+    page = Page(source)
     assert page.pre == text
     assert page.experts == experts
     assert page.links == [], "a page that stands alone loads nothing"
