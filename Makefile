@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: shakespeare test lab export
+.PHONY: shakespeare test lab bench assignments export
 
 shakespeare: .venv/learner     ## train the laptop preset on data/shakespeare.txt and let it write
 	$(BIN)/python -m makemoe train laptop
@@ -12,6 +12,12 @@ test: .venv/developer          ## every test, the notebooks included
 
 lab: .venv/learner             ## open the first lesson in Jupyter
 	$(BIN)/jupyter lab notebooks/00_lab.ipynb
+
+bench: .venv/bench             ## how fast, how good, against whom: tables, JSON and a picture in runs/bench
+	$(BIN)/python -m benchmarks
+
+assignments: .venv/developer   ## the lessons for students, without solutions, in assignments/
+	$(BIN)/python -m makemoe.classroom release assignments
 
 export: .venv/developer        ## notebooks -> makemoe/*.py
 	$(BIN)/nbdev-clean
@@ -24,4 +30,8 @@ export: .venv/developer        ## notebooks -> makemoe/*.py
 
 .venv/developer: .venv/learner
 	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+.venv/bench: .venv/learner
+	$(BIN)/pip install --quiet --editable '.[bench]'
 	touch $@

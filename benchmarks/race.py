@@ -1,0 +1,279 @@
+"""Who learns faster? Losses over steps and over seconds.
+
+    python -m benchmarks.race article [--short] [--device cuda]    time to the article's last loss, against its algorithm
+    python -m benchmarks.race twins [--short] [--device cuda]      mixture, with capacity, and two dense twins; three seeds
+    python -m benchmarks.race gpu                                  the gpu preset against nanoGPT's loss (needs a CUDA device)
+
+Each writes a file NAME-DEVICE.json to --out after every run, and a later call goes on from there. The losses of a run depend on
+its seed and not on the clock, so they may be collected on a busy machine. Seconds per step are measured apart, first, in short
+turns of all contenders, and are what "at equal seconds" rests on: run that part on an idle machine.
+"""
+
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import tyro
+from torch import nn
+
+from benchmarks.plain import PlainModel, plain_step
+from benchmarks.timing import TrainingStep, alternate, autocast, compare, describe, load, machine, peak_memory, save
+from makemoe.data import CharTokenizer, load_text, split
+from makemoe.experts import Expert
+from makemoe.gating import Routing
+from makemoe.lab import seed_everything
+from makemoe.model import MoEConfig, SparseMoELanguageModel, count_parameters
+from makemoe.training import TrainConfig, estimate_loss, train
+
+ARTICLE_LOSS = 1.7508  # makeMoE article (Sori 2024): step 4999, tiny Shakespeare
+NANOGPT_LOSS = 1.4697  # README of karpathy/nanoGPT, train_shakespeare_char on one A100
+SEEDS = 1337, 1338, 1339
+
+
+# contenders
+
+class DenseMLP(nn.Module):
+    "One wide MLP in the place of a mixture: the same calls, and a `Routing` in which its one expert does all the work."
+
+    def __init__(self, n_embd, n_hidden, activation, bias, dropout):
+        super().__init__()
+        self.experts = Expert(n_embd, n_hidden, activation, bias, dropout)
+
+    def forward(self, x):
+        ones = torch.ones(*x.shape[:-1], 1, device=x.device)
+        every = ones.bool()
+        return self.experts(x), Routing(ones, torch.zeros_like(ones), chosen=every, kept=every)
+
+
+def dense_twin(config, width):
+    "The model of `config` with an MLP of `width` hidden channels where the mixtures were. No router, no balance loss."
+    config = replace(config, num_experts=1, top_k=1, n_hidden=width, capacity_factor=None, balance_coef=0.0)
+    model = SparseMoELanguageModel(config)
+    for block in model.blocks:
+        block.moe = DenseMLP(config.n_embd, width, config.activation, config.bias, config.dropout)
+    model.init_weights()
+    return model
+
+
+TWINS = {  # name: function of a config that makes the model
+    "mixture": SparseMoELanguageModel,
+    "mixture, capacity 1.25": lambda c: SparseMoELanguageModel(replace(c, capacity_factor=1.25, priority="position")),
+    "dense, same active size": lambda c: dense_twin(c, c.top_k * c.n_hidden),
+    "dense, same total size": lambda c: dense_twin(c, c.num_experts * c.n_hidden),
+}
+
+
+class Judged(nn.Module):
+    "A `PlainModel` that answers as ours do, so that `estimate_loss` can measure both alike."
+
+    def __init__(self, plain):
+        super().__init__()
+        self.plain, self.config = plain, plain.config
+
+    def forward(self, ids, targets):
+        return SimpleNamespace(lm_loss=self.plain.loss(ids, targets), routings=[SimpleNamespace(load=torch.zeros(1))])
+
+
+def train_plain(model, train_ids, val_ids, config, on_eval):
+    "The article's training: AdamW as it comes, one learning rate, nothing clipped. Records like those of `train`."
+    device = model.lm_head.weight.device
+    generator = torch.Generator().manual_seed(config.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr)
+    history, seconds = [], 0.0
+    for step in range(config.steps + 1):
+        if step % config.eval_every == 0 or step == config.steps:
+            with autocast(device.type):
+                val_loss, _ = estimate_loss(Judged(model), val_ids, 64, config.eval_blocks)
+            history.append(dict(step=step, seconds=seconds, val_loss=val_loss))
+            on_eval(history[-1])
+        if step < config.steps:
+            model.train()
+            start = time.perf_counter()
+            with autocast(device.type):
+                plain_step(model, optimizer, train_ids, config.batch_size, generator).item()
+            seconds += time.perf_counter() - start  # of training alone
+    model.eval()
+    return history
+
+
+# what all races share
+
+def open_results(path, settings, device, short=False):
+    "The results so far, or new ones, as always in a short race. Raises ValueError if they were made with other settings."
+    results = not short and load(path) or dict(machine=machine(device), settings=settings, runs=[])
+    if results["settings"] != settings:
+        raise ValueError(f"{path} was made with other settings: move it away, or give another --out")
+    print(path, describe(results["machine"]), sep=": ", flush=True)
+    return results
+
+
+def text_for_race(name):
+    "(training ids, held-out ids, number of different characters)."
+    text = load_text(name)
+    tokenizer = CharTokenizer(text)
+    return *split(tokenizer.encode(text)), tokenizer.vocab_size
+
+
+def say(name):
+    "A function that prints one line for a record of `train`."
+    return lambda record: print(f"{name}: step {record['step']}, {record['val_loss']:.4f}", flush=True)
+
+
+def kept(history):
+    "Of the records of `train`, what a race is about."
+    return [{key: record[key] for key in ("step", "seconds", "train_loss", "val_loss") if key in record} for record in history]
+
+
+# article: time to a loss
+
+def article(out: Path = Path("runs/bench"), device: str = "cpu", short: bool = False, seeds: tuple[int, ...] = SEEDS,
+            model: MoEConfig = MoEConfig.laptop(), recipe: TrainConfig = TrainConfig.laptop(steps=600, eval_every=50)):
+    """Time to the article's last validation loss, 1.7508, on tiny Shakespeare.
+
+    Args:
+        out: folder for the results.
+        device: cpu or cuda.
+        short: a few minutes instead: time to a loss of 2.5, which both reach early.
+        seeds: of our recipe; the article's algorithm runs once.
+        model: our model; its vocabulary comes from the text.
+        recipe: our training.
+    """
+    train_ids, val_ids, vocab_size = text_for_race("tinyshakespeare")
+    model, target, blog = replace(model, vocab_size=vocab_size), ARTICLE_LOSS, TrainConfig.blog(eval_every=250)
+    if short:
+        seeds, target = seeds[:1], 2.5
+        blog, recipe = replace(blog, steps=300, eval_every=25), replace(recipe, steps=80, eval_every=10)
+    held_out = len(val_ids) if not short else 8192  # characters of an evaluation
+    blog = replace(blog, eval_blocks=held_out // MoEConfig.blog().block_size)
+    recipe = replace(recipe, eval_blocks=held_out // model.block_size)
+    settings = dict(target=target, model=asdict(model), recipe=asdict(recipe), article=asdict(blog) | dict(clip=None))
+    path = out / f"article{'-short' * short}-{device}.json"
+    results = open_results(path, settings, device, short)
+
+    def build(name, seed):
+        seed_everything(seed)
+        return (SparseMoELanguageModel(model) if name == "ours" else PlainModel(MoEConfig.blog())).to(device)
+
+    if "step" not in results:
+        plain = build("plain", blog.seed)
+        optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-5)
+        contenders = {"ours": TrainingStep(build("ours", recipe.seed), train_ids, recipe.batch_size, device),
+                      "plain": lambda: plain_step(plain.train(), optimizer, train_ids, blog.batch_size)}
+        results["step"] = compare(alternate(contenders, 10 if short else 30, device=device), "ours")
+        save(path, results)
+    done = {(run["name"], run["seed"]) for run in results["runs"]}
+    todo = [("ours", seed) for seed in seeds] + [("plain", blog.seed)]
+    for name, seed in todo:
+        if (name, seed) in done:
+            continue
+        contender = build(name, seed)
+        if name == "ours":
+            history = train(contender, train_ids, val_ids, replace(recipe, seed=seed), on_eval=say(f"ours, seed {seed}"))
+        else:
+            history = train_plain(contender, train_ids, val_ids, blog, on_eval=say("plain"))
+        reached = next((record["step"] for record in history if record["val_loss"] <= target), None)
+        run = dict(name=name, seed=seed, reached=reached, history=kept(history))
+        if name == "ours":  # the same training once more without looking, for the clock: `train` does not stop it to evaluate
+            again, start = build(name, seed), time.perf_counter()
+            train(again, train_ids, val_ids, replace(recipe, seed=seed, eval_every=recipe.steps, eval_blocks=1))
+            run |= dict(seconds=time.perf_counter() - start, final=estimate_loss(again, val_ids, blocks=recipe.eval_blocks)[0])
+        else:
+            run |= dict(seconds=history[-1]["seconds"], final=history[-1]["val_loss"])
+        results["runs"].append(run)
+        save(path, results)
+
+
+# twins: mixture or dense
+
+def twins(out: Path = Path("runs/bench"), device: str = "cpu", short: bool = False, seeds: tuple[int, ...] = SEEDS,
+          text: str = "tinyshakespeare", model: MoEConfig = MoEConfig.laptop(),
+          recipe: TrainConfig = TrainConfig.laptop(eval_blocks=512)):
+    """A mixture against itself with capacity and against dense twins, at equal steps and at equal seconds.
+
+    At equal seconds a contender makes as many steps as it can in the time of the mixture, its learning rate falling to the last.
+
+    Args:
+        out: folder for the results.
+        device: cpu or cuda.
+        short: one seed, the mixture and its active twin, 150 steps.
+        seeds: one run each.
+        text: 'shakespeare', 'tinyshakespeare' or the path of a text file.
+        model: the mixture.
+        recipe: the training of all of them.
+    """
+    train_ids, val_ids, vocab_size = text_for_race(text)
+    model = replace(model, vocab_size=vocab_size)
+    names = list(TWINS)
+    if short:
+        seeds, names, recipe = seeds[:1], ["mixture", "dense, same active size"], replace(recipe, steps=150, eval_every=25, eval_blocks=128)
+    settings = dict(text=text, model=asdict(model), recipe=asdict(recipe))
+    path = out / f"twins{'-short' * short}-{device}.json"
+    results = open_results(path, settings, device, short)
+
+    def build(name, seed):
+        seed_everything(seed)
+        return TWINS[name](model).to(device)
+
+    if "step" not in results:
+        sizes, memory = {}, {}
+        for name in names:
+            alone = TrainingStep(build(name, recipe.seed), train_ids, recipe.batch_size, device)
+            sizes[name] = count_parameters(alone.model)
+            memory[name] = peak_memory(alone)
+            del alone
+        steps = {name: TrainingStep(build(name, recipe.seed), train_ids, recipe.batch_size, device) for name in names}
+        found = compare(alternate(steps, 10 if short else 30, device=device), "mixture")
+        results["step"] = {name: dict(parameters=sizes[name][0], active=sizes[name][1], memory=memory[name], **found[name])
+                           for name in names}
+        save(path, results)
+    done = {(run["name"], run["seed"], run["equal"]) for run in results["runs"]}
+    for seed in seeds:
+        for name in names:
+            fitting = round(recipe.steps / results["step"][name]["ratio"][1])  # steps in the time of the mixture
+            for equal, steps in dict(steps=recipe.steps, seconds=fitting).items():
+                if (name, seed, equal) in done or (name == "mixture" and equal == "seconds"):
+                    continue
+                contender, start = build(name, seed), time.perf_counter()
+                config = replace(recipe, seed=seed, steps=steps)
+                history = train(contender, train_ids, val_ids, config, on_eval=say(f"{name}, seed {seed}, equal {equal}"))
+                seconds = time.perf_counter() - start  # evaluations included
+                final = history[-1]["val_loss"] if short else estimate_loss(contender, val_ids)[0]
+                results["runs"].append(dict(name=name, seed=seed, equal=equal, steps=steps, final=final, seconds=seconds,
+                                            history=kept(history)))
+                save(path, results)
+
+
+# gpu: the large preset
+
+def gpu(out: Path = Path("runs/bench"), device: str = "cuda", model: MoEConfig = MoEConfig.gpu(),
+        recipe: TrainConfig = TrainConfig.gpu()):
+    """The gpu preset on tiny Shakespeare, against the loss that nanoGPT reports for its model of that size.
+
+    Args:
+        out: folder for the results.
+        device: cuda, or cpu for a very long time.
+        model: the model.
+        recipe: the training.
+    """
+    train_ids, val_ids, vocab_size = text_for_race("tinyshakespeare")
+    model = replace(model, vocab_size=vocab_size)
+    recipe = replace(recipe, eval_blocks=len(val_ids) // model.block_size)  # all of the held-out tenth
+    path = out / f"gpu-{device}.json"
+    results = open_results(path, dict(target=NANOGPT_LOSS, model=asdict(model), recipe=asdict(recipe)), device)
+    if results["runs"]:
+        return
+    seed_everything(recipe.seed)
+    contender = SparseMoELanguageModel(model).to(device)
+    total, active = count_parameters(contender)
+    history = train(contender, train_ids, val_ids, recipe, on_eval=say("gpu preset"))
+    reached = next((record for record in history if record["val_loss"] < NANOGPT_LOSS), None)
+    best = min(history, key=lambda record: record["val_loss"])
+    results["runs"].append(dict(parameters=total, active=active, reached=reached and kept([reached])[0], best=kept([best])[0],
+                                seconds=history[-1]["seconds"], history=kept(history)))
+    save(path, results)
+
+
+if __name__ == "__main__":
+    tyro.extras.subcommand_cli_from_dict({"article": article, "twins": twins, "gpu": gpu})

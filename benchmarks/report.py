@@ -1,0 +1,273 @@
+"""The tables and the picture of what `speed` and `race` have measured.
+
+    python -m benchmarks.report [--folder FOLDER]
+
+prints the tables as Markdown, and writes them to FOLDER/DEVICE.md and the picture to FOLDER/DEVICE.png.
+"""
+
+import statistics
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import tyro
+
+from benchmarks.timing import describe, load
+
+OURS, OTHER, THIRD, FOURTH = "#1f5a99", "#d9822b", "#6b6b6b", "#3f8f5b"
+
+
+def table(head, rows):
+    "Lines of a Markdown table; the first column is text, the others are numbers or text."
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return ["| " + " | ".join(map(str, line)) + " |" for line in lines]
+
+
+def spread(values, digits=1):
+    "Median and quartiles."
+    return f"{values[1]:,.{digits}f} ({values[0]:,.{digits}f} to {values[2]:,.{digits}f})"
+
+
+def of_seeds(values):
+    "Mean of the seeds, and from where to where they lie."
+    return f"{statistics.mean(values):.4f}" + f" ({min(values):.4f} to {max(values):.4f})" * (len(values) > 1)
+
+
+def megabytes(size):
+    return f"{size / 2**20:,.0f}"
+
+
+# One function per section: rows or results -> (title, lines of Markdown, goals), where a goal is (what, found, to reach, reached).
+
+def step_section(rows):
+    lines = table(["", "ms a step", "times ours"], [[r["name"], spread(r["ms"]), spread(r["ratio"], 2)] for r in rows])
+    if "synchronisations" in rows[0]:
+        lines += ["", f"In a step of ours the CPU waits for the GPU {rows[0]['synchronisations']} times."]
+    slower = rows[1]["ratio"][1]
+    goals = [("a training step of the article's model, against its algorithm written plainly",
+              f"{slower:.2f} times as fast", "at least 1.8", slower >= 1.8)]
+    return "A training step of the article's model, 16 x 32 characters", lines, goals
+
+
+def layer_section(rows):
+    lines = table(["", "tokens", "ms", "times ours", "multiplications per token", "choices carried out", ""],
+                  [[r["name"], r["case"], spread(r["ms"]), spread(r["ratio"], 2), f"{r['multiplications']:,}", f"{r['carried']:.0%}",
+                    r["note"]] if "ms" in r else [r["name"], r["case"], "", "", "", "", r["note"]] for r in rows])
+    lines += ["", "Ours has two matrices an expert and squared ReLU; the peers have three, narrower ones and a gate (SwiGLU, GEGLU). "
+                  "All route by the same matrix. For st-moe-pytorch the multiplications of its einsums, which carry tokens to seats and "
+                  "back, are counted, too."]
+    goals = []
+    for case in dict.fromkeys(r["case"] for r in rows):
+        peers = [r for r in rows if r["case"] == case and "ms" in r and r["name"] != "ours"]
+        if peers:
+            best = min(peers, key=lambda r: r["ratio"][1])
+            goals.append((f"one mixture, {case}, against the fastest peer: {best['name']}, which carries out {best['carried']:.0%} of the "
+                          "choices", f"{best['ratio'][1]:.2f} times as fast", "more than 1", best["ratio"][1] > 1))
+    return "One mixture, forward and backward, 8 experts, 2 per token", lines, goals
+
+
+def generation_section(rows):
+    lines = table(["", "", "tokens per second", "ms per character", "times ours"],
+                  [[r["case"], r["name"], f"{r['tokens_per_second']:,.0f}", spread(r["ms"]), spread(r["ratio"], 2)] for r in rows])
+    lines += ["", "Both run the same model in the long run. With the cache, the newer half of a full block is read again: a character "
+                  "sees 128 to 256 others. Running again, it always sees 256."]
+    goals = [(f"generation, {r['case']}, against running again", f"{r['ratio'][1]:.1f} times as fast", "at least 10", r["ratio"][1] >= 10)
+             for r in rows if r["name"] != "ours" and r["case"].endswith("batch 1")]
+    return "Generation with a full context", lines, goals
+
+
+def expert_section(rows):
+    lines = table(["", "", "ms", "times 8 experts", "parameters", "peak memory, MB", "times"],
+                  [[r["case"], r["name"], spread(r["ms"]), spread(r["ratio"], 2), f"{r['parameters']:,}",
+                    megabytes(r["memory"]) if "memory" in r else "", f"{r['memory_ratio']:.2f}" if "memory" in r else ""] for r in rows])
+    lines += ["", "Peak memory holds weights, gradients, AdamW's moments and activations."]
+    goals = [(f"64 experts against 8, {r['case']}", f"{r['ratio'][1]:.2f} times as long", "at most 1.25", r["ratio"][1] <= 1.25)
+             for r in rows if r["experts"] == 64 and not r["name"].endswith("loop")]
+    return "A step of training as experts grow, 2 per token", lines, goals
+
+
+def article_section(results):
+    settings, step = results["settings"], results["step"]
+    rows, seconds, missed = [], {"ours": [], "plain": []}, False
+    for run in sorted(results["runs"], key=lambda run: run["name"]):
+        name, last = run["name"], run["history"][-1]["step"]
+        steps = last if run["reached"] is None else run["reached"]
+        seconds[name].append(steps * step[name]["ms"][1] / 1e3)
+        missed |= name == "ours" and run["reached"] is None
+        rows.append([{"ours": "ours", "plain": "the article's algorithm, plainly"}[name], run["seed"], spread(step[name]["ms"]),
+                     "not reached" if run["reached"] is None else f"{run['reached']:,}", f"{seconds[name][-1]:,.0f}", f"{run['final']:.4f}",
+                     f"{last:,}", f"{run['seconds']:,.0f}"])
+    lines = table(["", "seed", "ms a step", "step that reached it", "seconds till then", "loss at the end", "after steps",
+                   "in seconds by the clock"], rows)
+    T, per_step = settings["model"]["block_size"], settings["recipe"]["batch_size"]
+    lines += ["", f"Seconds are steps times the median of both, measured in turns; where the loss was not reached, of all steps. Both are "
+                  f"judged on the same {settings['recipe']['eval_blocks'] * T:,} characters of the held-out tenth. Ours reads {T} characters "
+                  f"at a time and {per_step * T:,} a step, the article's 32 and 512: that is part of the recipe. As in the article, its "
+                  "router is noisy in evaluation, too."]
+    goals = []
+    if all(seconds.values()) and seconds["plain"][0]:
+        share = max(seconds["ours"]) / seconds["plain"][0]
+        short = settings["target"] != 1.7508
+        goals = [(f"time to a validation loss of {settings['target']} on tiny Shakespeare, our slowest seed against the plain algorithm",
+                  f"{share:.3f} of its time" + " (not every seed got there)" * missed, "at most 0.1 to 1.7508", None if short else
+                  share <= 0.1 and not missed)]
+    return f"Time to a validation loss of {settings['target']} on tiny Shakespeare", lines, goals
+
+
+def twin_section(results):
+    def finals(name, equal):
+        same = "steps" if name == "mixture" else equal  # the mixture is the measure of both
+        return {run["seed"]: run["final"] for run in results["runs"] if (run["name"], run["equal"]) == (name, same)}
+
+    steps = results["settings"]["recipe"]["steps"]
+    rows = [[name, f"{facts['parameters']:,}", f"{facts['active']:,}", spread(facts["ms"]), f"{facts['ratio'][1]:.2f}",
+             megabytes(facts["memory"]), of_seeds([*finals(name, "steps").values()]), f"{round(steps / facts['ratio'][1]):,}",
+             of_seeds([*finals(name, "seconds").values()])]
+            for name, facts in results["step"].items() if finals(name, "steps") and finals(name, "seconds")]
+    lines = table(["", "parameters", "active", "ms a step", "times mixture", "peak memory, MB", f"loss after {steps:,} steps",
+                   "steps in equal seconds", "loss at equal seconds"], rows)
+    lines += ["", "The same recipe for all; mean, and range of the seeds. At equal seconds everybody makes the steps that fit into the time "
+                  "of the mixture, and the learning rate falls to the last of them."]
+    goals = []
+    for equal in "steps", "seconds":
+        ours, twin = finals("mixture", equal), finals("dense, same active size", equal)
+        behind = [twin[seed] - ours[seed] for seed in ours if seed in twin]
+        if behind:
+            goals.append((f"the laptop mixture after {steps:,} steps against its dense twin of the same active size, at equal {equal}, "
+                          f"{len(behind)} seed{'s' * (len(behind) > 1)}", f"the twin's loss minus ours is {of_seeds(behind)}",
+                          "above 0 at equal seconds", min(behind) > 0 if equal == "seconds" and steps >= 1000 else None))
+    return "The laptop mixture and its twins, validation loss", lines, goals
+
+
+def gpu_section(results):
+    run = results["runs"][0]
+    reached, target = run["reached"], results["settings"]["target"]
+    lines = table(["active of all parameters", "lowest validation loss", "at step", "of steps", "seconds, with evaluations",
+                   f"seconds till below {target}"],
+                  [[f"{run['active']:,} of {run['parameters']:,}", f"{run['best']['val_loss']:.4f}", f"{run['best']['step']:,}",
+                    f"{run['history'][-1]['step']:,}", f"{run['seconds']:,.0f}", f"{reached['seconds']:,.0f}" if reached else "never"]])
+    goals = [("the gpu preset on tiny Shakespeare, lowest validation loss", f"{run['best']['val_loss']:.4f}",
+              f"below {target}, nanoGPT's", bool(reached))]
+    return "The gpu preset on tiny Shakespeare", lines, goals
+
+
+# the picture
+
+def bars(axes, rows, values, labels, title, unit):
+    colours = [OURS if row["name"] == "ours" else OTHER for row in rows]
+    marks = axes.barh(range(len(rows)), values, color=colours)
+    axes.set_yticks(range(len(rows)), labels, fontsize=8)
+    axes.bar_label(marks, [f" {value:,.0f}" if value >= 100 else f" {value:.3g}" for value in values], fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.18)
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_xlabel(unit, fontsize=8)
+
+
+def draw_speed(section, axes, rows):
+    rows = [row for row in rows if "ms" in row]
+    if section == "a":
+        bars(axes, rows, [row["ms"][1] for row in rows], ["ours", "plainly"], "a  a training step", "ms")
+    elif section == "b":
+        case = rows[-1]["case"] if "batched" not in rows[-1]["name"] else rows[0]["case"]
+        shown = [row for row in rows if row["case"] == case]
+        labels = [row["name"].replace("-pytorch, ", ",\n").replace("Mixtral, ", "Mixtral,\n") for row in shown]
+        bars(axes, shown, [row["ms"][1] for row in shown], labels, f"b  one mixture, {case}", "ms")
+    elif section == "c":
+        labels = [f"{row['case'].split()[0]}, batch {row['case'].split()[-1]}, {row['name']}" for row in rows]
+        bars(axes, rows, [row["tokens_per_second"] for row in rows], labels, "c  generation", "tokens per second")
+        axes.set_xscale("log")
+        axes.set_xlim(right=axes.get_xlim()[1] * 4)
+    else:
+        for case, colour in zip(dict.fromkeys(row["case"] for row in rows), (THIRD, OURS, OTHER)):
+            mine = [row for row in rows if row["case"] == case and not row["name"].endswith("loop")]
+            axes.plot([row["experts"] for row in mine], [row["ratio"][1] for row in mine], "o-", color=colour, label=case)
+            if "memory_ratio" in mine[0]:
+                axes.plot([row["experts"] for row in mine], [row["memory_ratio"] for row in mine], "o:", color=colour,
+                          label="... its peak memory")
+        axes.axhline(1.25, color="black", lw=0.8, ls="--")
+        axes.set(xscale="log", ylim=(0.8, None))
+        axes.set_xticks([8, 16, 32, 64], ["8", "16", "32", "64"])
+        axes.minorticks_off()
+        axes.legend(fontsize=7, frameon=False)
+        axes.set_title("d  a step as experts grow", fontsize=10, loc="left")
+        axes.set_xlabel("experts; times 8 experts; the line is 1.25", fontsize=8)
+
+
+def draw_losses(axes, results, names, title):
+    "Held-out loss over seconds, without the first guess."
+    for name, (label, colour) in names.items():
+        for i, run in enumerate(run for run in results["runs"] if run["name"] == name and run.get("equal", "seconds") != "steps" or
+                                run["name"] == name == "mixture"):
+            per_step = results["step"][name]["ms"][1] / 1e3
+            shown = [record for record in run["history"] if record["step"]]
+            axes.plot([record["step"] * per_step for record in shown], [record["val_loss"] for record in shown], color=colour, lw=1.3,
+                      label=label if i == 0 else None)
+    axes.legend(fontsize=7, frameon=False)
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_xlabel("seconds; held-out loss in nats", fontsize=8)
+
+
+def draw(speed, article, twins):
+    "A figure of all that is there."
+    sections = dict.fromkeys(row["section"] for row in speed["rows"]) if speed else {}
+    panels = list(sections) + ["e"] * bool(article) + ["f"] * bool(twins)
+    columns = min(3, len(panels))
+    figure, axes = plt.subplots(-(-len(panels) // columns), columns, figsize=(5.2 * columns, 3.8 * -(-len(panels) // columns)),
+                                squeeze=False, layout="constrained")
+    for axis in axes.flat[len(panels):]:
+        axis.axis("off")
+    for axis, panel in zip(axes.flat, panels):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+        if panel == "e":
+            draw_losses(axis, article, {"ours": ("ours", OURS), "plain": ("the article's algorithm", OTHER)}, "e  time to a loss")
+            axis.axhline(article["settings"]["target"], color="black", lw=0.8, ls="--")
+            axis.set_xscale("log")
+            for which in axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter:
+                which("{x:.0f}")
+            axis.tick_params(which="minor", labelsize=7)
+        elif panel == "f":
+            colours = dict(zip(twins["step"], (OURS, FOURTH, OTHER, THIRD) if len(twins["step"]) > 2 else (OURS, OTHER)))
+            draw_losses(axis, twins, {name: (name, colour) for name, colour in colours.items()}, "f  mixture and twins, equal seconds")
+        else:
+            draw_speed(panel, axis, [row for row in speed["rows"] if row["section"] == panel])
+    return figure
+
+
+def main(folder: Path = Path("runs/bench")):
+    """Print the tables of FOLDER as Markdown, and write them and a picture beside the numbers.
+
+    Args:
+        folder: where `speed` and `race` left their results.
+    """
+    for device in "cpu", "cuda":
+        def results(name):
+            found = load(folder / f"{name}-{device}.json")
+            return found if found and (found.get("rows") or found.get("runs")) else None
+
+        speed, gpu = results("speed"), results("gpu")
+        article, twins = (results(name) or results(f"{name}-short") for name in ("article", "twins"))
+        makers = {"a": step_section, "b": layer_section, "c": generation_section, "d": expert_section}
+        rows = {section: [row for row in speed["rows"] if row["section"] == section] if speed else [] for section in makers}
+        sections = {section: make(rows[section]) for section, make in makers.items() if rows[section]}
+        for section, found, make in ("e", article, article_section), ("f", twins, twin_section), ("g", gpu, gpu_section):
+            if found:
+                sections[section] = make(found)
+        if not sections:
+            continue
+        where = dict.fromkeys(describe(found["machine"]) for found in (speed, article, twins, gpu) if found)
+        words = {True: "yes", False: "no", None: ""}
+        goals = [[section, what, found, goal, words[reached]]
+                 for section, (_, _, goals) in sections.items() for what, found, goal, reached in goals]
+        lines = ["; ".join(where) + ". Medians, and quartiles in brackets.", "",
+                 *table(["", "what", "found", "to reach", "reached"], goals)]
+        for section, (title, more, _) in sections.items():
+            lines += ["", f"### {section}. {title}", "", *more]
+        text = "\n".join(lines) + "\n"
+        (folder / f"{device}.md").write_text(text, encoding="utf-8")
+        draw(speed, article, twins).savefig(folder / f"{device}.png", dpi=120)
+        print(text)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
