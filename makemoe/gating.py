@@ -53,8 +53,10 @@ class Routing:
 def top_k_gating(logits, k):
     """Choose the `k` experts with the largest `logits` (..., E), weighted by a softmax over the chosen.
 
-    Returns a `Routing` whose gates sum to 1 for every token. With k = 1 that one gate is always 1,
-    and no gradient reaches the logits. Shazeer et al. 2017, eq. 3 and 5, without the noise.
+    Returns a `Routing` whose gates are of the type of the logits and sum to 1 for every token. With
+    k = 1 that one gate is always 1, and no gradient reaches the logits. Exactly k are chosen, also when
+    logits are equal; the logits that are handed in stay as they are. Shazeer et al. 2017, eq. 3 and 5,
+    without the noise.
     """
     indices = logits.topk(k, dim=-1).indices  # (..., k)
     chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, indices, True)  # (..., E)
@@ -79,5 +81,5 @@ class TopkRouter(nn.Module):
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
             logits = self.linear(x.float())  # (..., E)
-        return top_k_gating(logits, self.top_k)
+            return top_k_gating(logits, self.top_k)
 

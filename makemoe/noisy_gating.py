@@ -20,8 +20,8 @@ class NoisyTopkRouter(TopkRouter):
 
     h = x W_g + eps * softplus(x W_noise) with eps ~ N(0, 1), fresh for every token and expert.
     The choice and the gates come from h; the `logits` of the `Routing` are those before the noise.
-    In evaluation there is no noise. Call it with x (..., C); it returns a `Routing` with fields
-    (..., E), computed in float32 also under autocast.
+    In evaluation there is no noise, and no random number is drawn. Call it with x (..., C); it returns
+    a `Routing` with fields (..., E), computed in float32 also under autocast.
     """
 
     def __init__(self, n_embd, num_experts, top_k):
@@ -34,6 +34,6 @@ class NoisyTopkRouter(TopkRouter):
         with torch.autocast(x.device.type, enabled=False):
             logits = self.linear(x.float())  # (..., E)
             deviation = F.softplus(self.noise_linear(x.float()))  # (..., E)
-        noisy = logits + deviation * torch.randn_like(logits)
-        return replace(top_k_gating(noisy, self.top_k), logits=logits)
+            noisy = logits + deviation * torch.randn_like(logits)
+            return replace(top_k_gating(noisy, self.top_k), logits=logits)
 

@@ -17,8 +17,9 @@ class Experts(nn.ModuleList):
 
     Each expert runs once, on the tokens it keeps and on no others; its answers are weighted by the gates
     and added up (Shazeer et al. 2017, eq. 1). A token that nobody keeps gets zeros. An expert without
-    tokens runs on an empty batch: its gradient is 0, not None. Raises ValueError if the routing is for
-    another shape of tokens or another number of experts.
+    tokens runs on an empty batch: its gradient is 0, not None. So do all of them if there is no token at
+    all. y is of the type of x. Raises ValueError if the routing is for another shape of tokens or
+    another number of experts.
     """
 
     def __init__(self, num_experts, n_embd, n_hidden, activation="relu", bias=True, dropout=0.0):

@@ -86,10 +86,9 @@ def test_each_expert_runs_once_on_exactly_the_tokens_it_keeps(B, T, E, data, dro
     calls = []
     record(experts, calls)
     experts(x, routing)
-    assert [e for e, _ in calls] == list(range(E))
-    assert [len(batch) for _, batch in calls] == routing.load.tolist()
-    for e, batch in calls:
-        assert torch.equal(batch, x[routing.kept[..., e]])
+    assert sorted(e for e, _ in calls) == list(range(E))
+    for e, batch in calls:  # in any order
+        assert sorted(batch.tolist()) == sorted(x[routing.kept[..., e]].tolist())
 
 
 def test_kept_decides_and_not_chosen_and_not_the_size_of_a_gate():
@@ -103,7 +102,7 @@ def test_kept_decides_and_not_chosen_and_not_the_size_of_a_gate():
     calls = []
     record(experts, calls)
     y = experts(x, replace(routing, gates=gates, kept=kept))
-    assert [len(batch) for _, batch in calls] == kept.sum(0).tolist()
+    assert [len(batch) for _, batch in sorted(calls, key=lambda call: call[0])] == kept.sum(0).tolist()
     assert_close(y, dense(experts, x, gates), rtol=0, atol=1e-6)
 
 
@@ -226,10 +225,16 @@ def test_the_router_is_asked_once_and_its_own_record_is_returned():
         asked.append(noisy(x))
         return asked[-1]
 
-    layer, x = SparseMoE(router, Experts(4, 8, 16)), torch.randn(2, 50, 8)
-    y, routing = layer(x)
-    assert len(asked) == 1 and routing is asked[0]
-    assert_close(y, dense(layer.experts, x, routing.gates), rtol=0, atol=1e-6)
+    def experts(x, routing):
+        handed.append(routing)
+        return workers(x, routing)
+
+    handed, workers, x = [], Experts(4, 8, 16), torch.randn(2, 50, 8)
+    answer = SparseMoE(router, experts)(x)
+    assert type(answer) is tuple
+    y, routing = answer
+    assert len(asked) == len(handed) == 1 and routing is asked[0] and handed[0] is asked[0]
+    assert_close(y, dense(workers, x, routing.gates), rtol=0, atol=1e-6)
 
 
 def test_any_router_and_any_experts_that_keep_to_the_seam_will_do():
@@ -241,6 +246,7 @@ def test_any_router_and_any_experts_that_keep_to_the_seam_will_do():
     x, experts = torch.randn(2, 5, 8), Experts(4, 8, 16)
     assert_close(SparseMoE(to_the_last, experts)(x)[0], experts[3](x), rtol=0, atol=1e-6)
     assert torch.equal(SparseMoE(to_the_last, lambda x, routing: x * routing.load[3])(x)[0], 10 * x)
+    assert SparseMoE(to_the_last, lambda x, routing: x)(x.bfloat16())[0].dtype == torch.bfloat16
 
 
 def test_experts_are_a_list_of_experts_built_as_told():

@@ -78,22 +78,22 @@ def names(source):
 
 
 @cache
-def steps(module, solution):
+def steps(module, solution, wanted=frozenset()):
     """What to run to grade an exercise, in order, as code cells.
 
     The solution, the graded cells after it up to the next solution, and of all cells before those only the ones that
-    bind a name which is needed: that takes milliseconds where a whole lesson takes seconds.
+    bind a name which these need or which is `wanted`: that takes milliseconds where a whole lesson takes seconds.
     """
     _, cells = lesson(module)
     start = [cell["id"] for cell in cells].index(solution)
     later = [cell for cell in cells[start + 1:] if cell["kind"]]
     kinds = [cell["kind"] for cell in later] + ["solution"]
     graded = later[:kinds.index("solution")]
-    needed, kept = set(), []
+    needed, kept = set(wanted), []
     for cell in reversed(cells[:cells.index(graded[-1]) + 1]):
         bound, read = names(cell["source"])
         if cell in graded or cell["id"] == solution or needed & bound:
-            needed = needed - bound | read
+            needed = (needed - bound if cells.index(cell) < start else needed) | read
             kept.insert(0, cell)
     return kept
 
@@ -101,10 +101,12 @@ def steps(module, solution):
 def lost_in(module, solution, answer):
     "(graded cell, error) of the first points that `answer` loses, or None if it gets full marks."
     namespace, handed = {"__name__": "__main__"}, False
-    for cell in steps(module, solution):
+    ours = next(cell["source"] for cell in lesson(module)[1] if cell["id"] == solution)
+    theirs = handed_in(ours, answer)
+    for cell in steps(module, solution, frozenset(names(theirs)[1])):
         source = cell["source"]
         if cell["id"] == solution:
-            source, handed = handed_in(source, answer), True
+            source, handed = theirs, True
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 exec(compile(source, cell["id"], "exec"), namespace)
