@@ -38,7 +38,8 @@ def rotate(x, positions):
 
     Pair i, which is (a, b) = channels (i, i + D/2), becomes (a cos - b sin, a sin + b cos) of the angle
     position * 10000**(-2i/D): the product of a query and a key then depends on their distance alone
-    (Su et al. 2021, eq. 14-16; there the pairs are neighbouring channels). Keeps the dtype of x.
+    (Su et al. 2021, eq. 14-16; there the pairs are neighbouring channels). Keeps the dtype of x, but
+    the angles are float32.
     """
     D = x.shape[-1]
     if D % 2:

@@ -37,11 +37,13 @@ PRIORITIES = "position", "choice", "probability"
 def limit_to_capacity(routing, capacity, priority="position"):
     """Seat at most `capacity` tokens of each sequence at each expert: fields (..., T, E).
 
-    `priority` orders the queue in front of an expert. 'position': as the tokens come, which is causal.
-    'choice': all first choices before any second one (Lepikhin et al. 2020). 'probability': so too, but
-    the most certain tokens first (Riquelme et al. 2021). With these two, a later token can take the seat
-    of an earlier one. Returns a `Routing` with the rest dropped: not `kept`, gate 0. The gates that
-    remain are not scaled up. Raises ValueError for an unknown priority or nonsense as capacity.
+    What is `kept` so far stands in the queue of its expert, in an order that `priority` names.
+    'position': as the tokens come, which is causal. 'choice': the largest gates of all tokens before
+    any second largest (Lepikhin et al. 2020). 'probability': so too, but the tokens with the largest
+    probability first (Riquelme et al. 2021). With these two, a later token can take the seat of an
+    earlier one; among equals the earlier sits. Returns a `Routing` with the rest dropped: not `kept`,
+    gate 0. The gates that remain are not scaled up, `chosen` and `logits` stay, and gradients pass.
+    Raises ValueError for an unknown priority or nonsense as capacity.
     """
     if priority not in PRIORITIES:
         raise ValueError(f"priority is {priority!r}, but must be one of {', '.join(PRIORITIES)}")
@@ -70,6 +72,7 @@ class CapacityRouter(nn.Module):
 
     Seats come from `expert_capacity`, for each sequence of T tokens by itself, with `capacity_factor` in
     training and `eval_capacity_factor` in evaluation; `limit_to_capacity` says what `priority` means.
+    The router is asked once.
     """
 
     def __init__(self, router, capacity_factor=1.25, eval_capacity_factor=2.0, priority="position",

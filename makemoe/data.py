@@ -30,7 +30,11 @@ class CharTokenizer:
         return len(self.characters)
 
     def encode(self, text):
-        "Text of N characters to ids (N,), long. ValueError names characters outside the vocabulary."
+        """Text of N characters to ids (N,), long.
+
+        Raises ValueError that names, on one line, the characters outside the vocabulary (of many, the
+        first few), each once and as `repr` writes it.
+        """
         unknown = sorted(set(text) - set(self.characters))
         if unknown:
             names = ", ".join(map(repr, unknown[:5])) + ", ..." * (len(unknown) > 5)
@@ -47,7 +51,8 @@ class CharTokenizer:
 def get_batch(ids, batch_size, block_size, generator=None):
     """Random windows of the stream `ids` (N,): inputs x (B, T), and targets y (B, T), x shifted by one.
 
-    Every one of the N - T starts is equally likely; `generator`, a `torch.Generator`, draws them.
+    Every one of the N - T starts is equally likely, for each row anew. `generator`, a `torch.Generator`,
+    draws them, and goes on from batch to batch; without one, PyTorch's own random numbers do.
     Raises ValueError if the stream is not longer than a block.
     """
     if len(ids) <= block_size:
@@ -62,7 +67,7 @@ def get_batch(ids, batch_size, block_size, generator=None):
 def split(ids, held_out=0.1):
     """Cut the stream `ids` (N,) into (training, validation): the last `held_out` of it, a share, validates.
 
-    Raises ValueError if `held_out` does not lie between 0 and 1.
+    Raises ValueError if `held_out` does not lie between 0 and 1, which are both allowed.
     """
     if not 0 <= held_out <= 1:
         raise ValueError(f"held_out is {held_out}, but must be a share between 0 and 1")

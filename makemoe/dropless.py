@@ -18,7 +18,8 @@ def answers_in_blocks(tokens, kept, weights, act):
     """Run every expert on its block of the sorted tokens: (experts (P,), rows (P,), answers (P, C)).
 
     For tokens (N, C), kept (N, E) and `weights`: up (E, H, C), up_bias (E, H) or None, down (E, C, H),
-    down_bias (E, C) or None. `act` acts on the hidden channels. The pairs are sorted by expert.
+    down_bias (E, C) or None. `act` acts on the hidden channels. The pairs are sorted by expert, those of
+    one expert by row. No other rows are multiplied; an expert without tokens runs on an empty block.
     """
     none = [None] * kept.shape[1]
     per_expert = [none if stacked is None else stacked for stacked in weights]
@@ -40,7 +41,8 @@ def answers_in_one_call(tokens, kept, weights, act, top_k):
     """The same as `answers_in_blocks` without looking at a single load: nobody waits for the GPU.
 
     No token may be kept by more than `top_k` experts. P is N * top_k, whoever is kept: the rest of the
-    list is filling, and its answers are 0. All sizes must be multiples of 16 bytes.
+    list is filling, and its answers are 0. Products are computed in `product_dtype(tokens)`; their rows
+    must be multiples of 16 bytes long.
     """
     size, dtype = len(tokens) * top_k, product_dtype(tokens)
     up, up_bias, down, down_bias = weights
@@ -71,9 +73,9 @@ def stack_weights(experts):
 class GroupedExperts(nn.Module):
     """`Experts` with stacked weights that work on sorted tokens: same arguments, same use, same numbers.
 
-    x (..., n_embd) and its `Routing` -> (..., n_embd). Nothing is padded, and nothing dropped that the
-    routing keeps (Gale et al. 2022, MegaBlocks). `top_k`, if given, is the most experts that keep any
-    one token; it lets a GPU work in bfloat16 without being waited for. Raises ValueError if the routing
+    x (..., n_embd) and its `Routing` -> y of the shape and type of x. Nothing is padded, and nothing
+    dropped that the routing keeps (Gale et al. 2022, MegaBlocks). `top_k`, if given, is the most experts
+    that keep any one token; it lets a GPU work in bfloat16 without being waited for. Raises ValueError if the routing
     is for another shape of tokens or number of experts, or keeps more (then a GPU does not check).
     """
 

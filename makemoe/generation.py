@@ -13,8 +13,9 @@ def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None):
     """Probabilities of the next token, (..., V) in float32, from its logits (..., V).
 
     `temperature` divides the logits: below 1 is bolder on the likely, 0 takes the likeliest (of equals
-    the first). `top_k` keeps the k likeliest, `top_p` the fewest that reach this probability together
-    (Holtzman et al. 2020, eq. 2-3), both what each of them keeps; the rest gets exactly 0.
+    the first). `top_k` keeps the k likeliest (all V if there are fewer), `top_p` the fewest that reach
+    this probability together (Holtzman et al. 2020, eq. 2-3), both what each of them keeps; the rest
+    gets exactly 0.
 
     Raises ValueError for a setting out of range.
     """
@@ -46,8 +47,9 @@ def stream(model, ids, num_tokens, temperature=1.0, top_k=None, top_p=None, seed
     the prediction. Keys and values of what was read stay in a cache. When the block is full, its newer
     half is read again into an empty one: a token sees at least half a block, and is read about twice.
 
-    The model is in evaluation mode until the stream ends or is closed, and then as before. With a `seed`
-    the same tokens come each time, and all other random numbers stay what they were. Temperature, top_k
+    The model is in evaluation mode until the stream ends or is closed, and then as before. One call of
+    `torch.multinomial` draws the tokens of a step. With a `seed` it has a generator of its own: the same
+    tokens come each time, and all other random numbers stay what they were. Temperature, top_k
     and top_p as in `next_token_probs`. Raises ValueError, when the first token is asked for, if there is
     no prompt or a setting is out of range.
     """

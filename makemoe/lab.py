@@ -81,7 +81,11 @@ def show_text(text, experts, title=""):
 
 # %% ../notebooks/00_lab.ipynb #lab-text-to-html
 def text_to_html(text, experts, title):
-    "The same as a page that stands alone: `text` coloured by `experts`, the expert's number when the mouse rests on it."
+    """The same as a page that stands alone: `text` coloured by `experts`, the expert's number when the mouse rests on it.
+
+    What expert 2 wrote, a character or several in a row, stands in a `span` of class "e2" and title
+    "expert 2"; characters without an expert stand in none.
+    """
     def css(e):
         return "#" + "".join(f"{round(255 * (0.55 + 0.45 * channel)):02x}" for channel in expert_color(e))
 
@@ -112,7 +116,10 @@ def show_loss(history):
 
 # %% ../notebooks/00_lab.ipynb #show-load
 def show_load(history):
-    "Draw how the tokens share out over the experts, one ribbon an expert, one panel a layer, over steps."
+    """Draw how the tokens share out over the experts, one ribbon an expert, one panel a layer, over steps.
+
+    Beside each panel: the imbalance at the end, largest load over mean load, and the dropped share, if recorded.
+    """
     steps = [record["step"] for record in history]
     load = torch.tensor([record["load"] for record in history], dtype=torch.float)  # (records, L, E) tokens
     share = load / load.sum(dim=-1, keepdim=True)
@@ -121,6 +128,10 @@ def show_load(history):
     for layer, ax in enumerate(axes[:, 0]):
         ax.stackplot(steps, share[:, layer].T, colors=[expert_color(e) for e in range(E)], alpha=0.7, edgecolor="white")
         ax.set(ylim=(0, 1), yticks=[0, 1], ylabel=f"layer {layer}")
+        numbers = [f"imbalance {E * share[-1, layer].max():.2f}"]
+        if "dropped" in history[-1]:
+            numbers.append(f"dropped {history[-1]['dropped'][layer]:.1%}")
+        ax.text(1.02, 0.5, "\n".join(numbers), transform=ax.transAxes, va="center", size=9)
     axes[0, 0].set_title(f"share of the tokens that each of {E} experts carries (balanced: {1 / E:.3f} each)", loc="left", size=10)
     axes[-1, 0].set_xlabel("step")
     fig.tight_layout()

@@ -14,7 +14,7 @@ def load_balancing_loss(routing):
 
     f_e is the share of tokens that chose expert e, before any dropping; P_e its mean probability,
     a softmax over all logits. The gradient flows through P alone. One layer at a time: average over
-    layers afterwards. Fedus et al. 2021, eq. 4-6, divided by k.
+    layers afterwards. Float32 also under autocast. Fedus et al. 2021, eq. 4-6, divided by k.
     """
     E = routing.logits.shape[-1]
     f = routing.chosen.reshape(-1, E).float().mean(dim=0)  # (E,), sums to k

@@ -136,17 +136,17 @@ class LMOutput:
 
     logits: torch.Tensor  # (B, T, V) scores of the next token
     loss: torch.Tensor | None  # lm_loss + aux_loss, to be trained with
-    lm_loss: torch.Tensor | None  # cross-entropy in nats per token, where there were targets
-    aux_loss: torch.Tensor  # what unfair routing costs: weighted, averaged over layers
+    lm_loss: torch.Tensor | None  # cross-entropy in nats per token (float32), where there were targets
+    aux_loss: torch.Tensor | None  # what unfair routing costs: weighted, averaged over layers
     routings: tuple  # one `Routing` a layer, fields (B, T, E)
 
 # %% ../notebooks/10_model.ipynb #model-language-model
 class SparseMoELanguageModel(nn.Module):
     """A decoder-only transformer whose feed-forward layers are sparse mixtures of experts.
 
-    ids (B, T) and perhaps targets (B, T), the token after each -> `LMOutput`. With `cache`, made by
-    `new_cache`, ids are the new tokens only, and the cache remembers the rest. Raises ValueError if
-    tokens and cache together are longer than a block.
+    ids (B, T) and perhaps targets (B, T), the token after each -> `LMOutput`, its losses None without
+    targets. With `cache`, made by `new_cache`, ids are the new tokens only, and the cache remembers the
+    rest. If tokens and cache together are longer than a block, raises ValueError and leaves the cache alone.
     """
 
     def __init__(self, config):
@@ -200,16 +200,19 @@ class SparseMoELanguageModel(nn.Module):
             x, routing = block(x, cache[layer] if cache else None)
             routings.append(routing)
         logits = self.lm_head(self.norm(x))  # (B, T, V)
-        aux_loss = self.auxiliary_loss(routings)
         if targets is None:
-            return LMOutput(logits, None, None, aux_loss, tuple(routings))
+            return LMOutput(logits, None, None, None, tuple(routings))
+        aux_loss = self.auxiliary_loss(routings)
         lm_loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
         return LMOutput(logits, lm_loss + aux_loss, lm_loss, aux_loss, tuple(routings))
 
 
 # %% ../notebooks/10_model.ipynb #model-count
 def count_parameters(model):
-    "(total, active): all parameters, and those that work for any one token, k of E experts in each layer."
+    """(total, active): all parameters, and those that work for any one token, k of E experts in each layer.
+
+    A parameter that is used in two places counts once, one that is not trained like any other.
+    """
     total = sum(weight.numel() for weight in model.parameters())
     in_experts = sum(weight.numel() for block in model.blocks for weight in block.moe.experts.parameters())
     E, k = model.config.num_experts, model.config.top_k

@@ -52,6 +52,19 @@ def test_vocabulary_is_sorted_and_knows_nothing_but_the_characters(text):
     assert tokenizer.encode(tokenizer.characters).tolist() == list(range(tokenizer.vocab_size))
 
 
+def test_white_space_and_signs_are_characters_like_any_other():
+    text = " \tna\u00efve\n\n\u00b2\u2460 \r\n"
+    tokenizer = CharTokenizer(text)
+    assert tokenizer.characters == "".join(sorted(set(text)))
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_tokenizers_do_not_share_their_vocabularies():
+    first, second = CharTokenizer("abc"), CharTokenizer("xy")
+    assert (first.characters, second.characters) == ("abc", "xy")
+    assert first.decode(first.encode("cab")) == "cab"
+
+
 def test_decode_takes_tensors_lists_and_single_elements_of_a_tensor():
     tokenizer = CharTokenizer("abc")
     assert tokenizer.decode(torch.tensor([2, 0, 1])) == tokenizer.decode([2, 0, 1]) == "cab"
@@ -60,21 +73,22 @@ def test_decode_takes_tensors_lists_and_single_elements_of_a_tensor():
 
 
 def test_unknown_characters_are_named_and_the_vocabulary_is_not_recited():
-    with pytest.raises(ValueError, match="not among the 4 characters of the vocabulary: '7', 'ï'; leave") as raised:
-        CharTokenizer("Romeo").encode("Romeï7o")
-    assert "'R'" not in one_line(raised)
+    with pytest.raises(ValueError) as raised:
+        CharTokenizer("Romeo").encode("Romeï7o" + 99 * "7")
+    message = one_line(raised)
+    assert "'ï'" in message and message.count("'7'") == 1 and "'R'" not in message
 
 
 def test_many_unknown_characters_still_fit_on_a_line():
-    with pytest.raises(ValueError, match="'!', '0', '1', '2', '3', ...; leave") as raised:
+    with pytest.raises(ValueError) as raised:
         CharTokenizer("abc").encode("0123456789!")
-    one_line(raised)
+    assert sum(f"'{stranger}'" in one_line(raised) for stranger in "0123456789!") >= 2
 
 
 def test_an_unknown_new_line_is_named_on_one_line():
-    with pytest.raises(ValueError, match=r"'\\n'") as raised:
+    with pytest.raises(ValueError) as raised:
         CharTokenizer("abc").encode("a\nb")
-    one_line(raised)
+    assert r"'\n'" in one_line(raised)
 
 
 # Batches
@@ -120,7 +134,10 @@ def test_a_stream_of_a_block_and_one_token_has_one_window():
 
 
 def test_rows_of_a_batch_are_drawn_apart():
-    assert len(get_batch(torch.arange(10_000), 32, 8, seeded(2))[0][:, 0].unique()) > 25
+    starts = get_batch(torch.arange(15), 10_000, 5, seeded(2))[0][:, 0]
+    pairs = (starts[0::2] * 10 + starts[1::2]).bincount(minlength=100)  # all 100 are equally likely
+    chi2 = ((pairs - 50) ** 2 / 50).sum()
+    assert 30 < chi2 < 180  # 99 degrees of freedom: outside by chance once in 800,000 seeds
 
 
 def test_same_generator_same_batch_whatever_else_is_drawn():
@@ -143,23 +160,22 @@ def test_a_generator_goes_on_from_batch_to_batch():
 
 def test_without_a_generator_the_global_seed_decides():
     torch.manual_seed(6)
-    first = get_batch(torch.arange(1000), 4, 8)[0]
+    first, second = (get_batch(torch.arange(1000), 4, 8)[0] for _ in range(2))
     torch.manual_seed(6)
-    assert torch.equal(first, get_batch(torch.arange(1000), 4, 8)[0])
+    assert torch.equal(first, get_batch(torch.arange(1000), 4, 8)[0]) and not torch.equal(first, second)
 
 
-def test_inputs_and_targets_can_be_changed_apart_from_each_other_and_the_stream():
+def test_a_batch_can_be_changed_apart_from_the_stream():
     stream = torch.arange(20)
     x, y = get_batch(stream, 3, 5)
-    before = y.clone()
     x.fill_(-1)
-    assert torch.equal(y, before) and torch.equal(stream, torch.arange(20))
-    assert y.view(-1).shape == (15,)  # contiguous, as losses want it
+    y.fill_(-2)
+    assert torch.equal(stream, torch.arange(20))
 
 
 @pytest.mark.parametrize("length", [0, 3, 8])
 def test_a_stream_that_is_too_short_is_refused(length):
-    with pytest.raises(ValueError, match=f"a text of {length} tokens is too short for a block of 8") as raised:
+    with pytest.raises(ValueError) as raised:
         get_batch(torch.arange(length), 2, 8)
     one_line(raised)
 
@@ -171,17 +187,18 @@ def test_a_stream_that_is_too_short_is_refused(length):
 def test_the_parts_are_the_stream_in_order(N, held_out):
     train, valid = split(torch.arange(N), held_out)
     assert torch.equal(torch.cat([train, valid]), torch.arange(N))
-    assert abs(len(valid) - held_out * N) <= 0.5 + 1e-6
+    assert abs(len(valid) - held_out * N) < 1 + 1e-6  # rounded or cut off, to either side
 
 
 def test_the_last_tenth_is_held_out():
     train, valid = split(torch.arange(1000))
     assert (len(train), len(valid), valid[0]) == (900, 100, 900)
+    assert [tuple(map(len, split(torch.arange(50), share))) for share in (0, 1)] == [(50, 0), (0, 50)]
 
 
 @pytest.mark.parametrize("held_out", [-0.1, 1.5, 10])
 def test_a_share_that_is_none_is_refused(held_out):
-    with pytest.raises(ValueError, match=f"held_out is {held_out}, but must be a share between 0 and 1") as raised:
+    with pytest.raises(ValueError) as raised:
         split(torch.arange(100), held_out)
     one_line(raised)
 

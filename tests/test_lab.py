@@ -27,6 +27,18 @@ def test_seeds_repeat_all_random_numbers():
     assert random.random() != first[0] and torch.rand(3).tolist() != first[1]
 
 
+def test_the_seed_is_1337_unless_another_is_given_and_0_is_another():
+    def draw(*seed):
+        lab.seed_everything(*seed)
+        return random.random(), torch.rand(3).tolist()
+
+    assert draw() == draw(1337)
+    assert all(ours != theirs for ours, theirs in zip(draw(0), draw()))
+    zero = draw(0)[1]
+    torch.manual_seed(0)
+    assert zero == torch.rand(3).tolist()
+
+
 def test_the_device_exists():
     device = lab.pick_device()
     assert torch.ones(2, device=device).sum() == 2
@@ -62,30 +74,41 @@ def test_text_and_experts_must_be_equally_long():
 
 class Page(html.parser.HTMLParser):
     def __init__(self, page):
-        super().__init__()
+        super().__init__(convert_charrefs=False)
         self.inside, self.pre, self.experts, self.links = [], "", [], []
         self.feed(page)
 
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
         self.links += [attributes[name] for name in ("src", "href") if name in attributes]
+        if ("pre", None) in self.inside:
+            assert tag == "span"
+        if "title" in attributes:
+            assert attributes["class"] == attributes["title"].replace("expert ", "e")
         if tag not in ("meta", "br"):
             self.inside.append((tag, attributes.get("title")))
 
     def handle_endtag(self, tag):
         assert self.inside.pop()[0] == tag
 
-    def handle_data(self, data):
+    def handle_entityref(self, name):
+        self.handle_data(html.unescape(f"&{name};"), escaped=True)
+
+    def handle_charref(self, name):
+        self.handle_entityref("#" + name)
+
+    def handle_data(self, data, escaped=False):
         if ("pre", None) in self.inside:
+            assert escaped or not {"<", "&"} & set(data)
             self.pre += data
             title = self.inside[-1][1]
             self.experts += [title and int(title.removeprefix("expert "))] * len(data)
 
 
 def test_html_holds_the_text_and_its_experts_and_stands_alone():
-    text, experts = 'KING:\n<b>&"x', [None] * 5 + [3, 1, 1, 0, 7, 2, 2]
+    text, experts = "\nK<&G:\n<b>&\"X  &lt;' ", [None] * 6 + [3, 1, 1, 0, 7, 2, 2, 2, None, 0, 0, None, 12, 3, None]
     source = lab.text_to_html(text, experts, "a <title>")
-    assert '<span class="e1" title="expert 1">&lt;</span>' in source
+    assert all(f".e{e} {{" in source for e in (0, 1, 2, 3, 7, 12))
     page = Page(source)
     assert page.pre == text
     assert page.experts == experts
@@ -107,3 +130,11 @@ def test_loads_are_drawn_as_shares_one_panel_a_layer():
     assert len(panels) == 2
     ribbons = [[ribbon.get_paths()[0].get_extents().height for ribbon in panel.collections] for panel in panels]
     assert ribbons == [pytest.approx([0.25, 0.75]), pytest.approx([0.5, 0.5])]
+
+
+def test_imbalance_and_dropped_share_of_each_layer_stand_beside_its_panel():
+    lab.show_load(HISTORY)  # records of before there was a dropped share
+    assert [[text.get_text() for text in panel.texts] for panel in plt.gcf().axes] == [["imbalance 1.50"], ["imbalance 1.00"]]
+    lab.show_load(HISTORY + [dict(HISTORY[0], step=300, load=[[0, 8], [6, 10]], dropped=[0.125, 0])])
+    found = [[text.get_text() for text in panel.texts] for panel in plt.gcf().axes]
+    assert found == [["imbalance 2.00\ndropped 12.5%"], ["imbalance 1.25\ndropped 0.0%"]]

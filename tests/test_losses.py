@@ -54,6 +54,38 @@ def balance_by_loop(logits, chosen):
 sizes = st.tuples(st.integers(1, 8), st.integers(1, 8)).map(lambda pair: (max(pair), min(pair)))  # E, k with k <= E
 
 
+# ---- routing_metrics
+
+
+def test_metrics_against_counts_by_hand():
+    chosen = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 0], [1, 0, 0, 1]], dtype=torch.bool)
+    routing = Routing(chosen / 2, torch.tensor([[0.0, 0, 0, 0], [1e4, 0, 0, 0]] * 2), chosen, chosen)
+    expected = {"imbalance": 2.0, "dropped": 0.0, "confidence": (1 / 4 + 1) / 2, "entropy": math.log(4) / 2}
+    assert routing_metrics(routing) == pytest.approx(expected, abs=1e-6)
+    first_two = (chosen.cumsum(dim=0) > 2) & chosen  # expert 0 has two seats
+    expected |= {"imbalance": 4 / 3, "dropped": 2 / 8}  # loads 2, 2, 1, 1
+    assert routing_metrics(without(routing, first_two)) == pytest.approx(expected, abs=1e-6)
+
+
+@given(sizes)
+def test_imbalance_from_one_to_E_over_k(size):
+    E, k = size
+    assert routing_metrics(taking_turns(E, k))["imbalance"] == pytest.approx(1)
+    logits = torch.zeros(5, E)
+    logits[:, :k] = 1
+    assert routing_metrics(top_k_gating(logits, k))["imbalance"] == pytest.approx(E / k)
+
+
+def test_metrics_are_plain_numbers_for_any_shape_also_with_a_gradient():
+    routing = TopkRouter(8, 5, top_k=2)(torch.randn(3, 4, 8))
+    metrics = routing_metrics(routing)
+    assert {name: type(number) for name, number in metrics.items()} == dict.fromkeys(
+        ("imbalance", "dropped", "confidence", "entropy"), float)
+    assert metrics == pytest.approx(routing_metrics(only(lambda field: field.flatten(0, 1), routing)))
+    assert metrics["confidence"] == pytest.approx(routing.confidence.item())
+    assert metrics["entropy"] == pytest.approx(routing.entropy.item())
+
+
 # ---- load_balancing_loss
 
 
@@ -147,21 +179,6 @@ def test_opposite_layers_are_unfair_each_and_fair_when_pooled():
     assert (load_balancing_loss(left) + load_balancing_loss(right)) / 2 > 1.9
 
 
-@pytest.mark.parametrize("top_k", [1, 2, 3])
-def test_a_collapsed_router_that_descends_ends_balanced(top_k):
-    router, x = TopkRouter(16, 8, top_k), torch.randn(1000, 16)
-    with torch.no_grad():
-        router.linear.bias[:top_k] += 4
-    assert routing_metrics(router(x))["imbalance"] > 0.8 * 8 / top_k
-    optimizer = torch.optim.Adam(router.parameters(), lr=0.02)
-    for _ in range(200):
-        loss = load_balancing_loss(router(x))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert routing_metrics(router(x))["imbalance"] < 1.15
-
-
 # ---- importance_loss
 
 
@@ -198,11 +215,20 @@ def test_importance_counts_a_dropped_gate_as_nothing():
     routing = taking_turns(4, 1)
     only_one_left = without(routing, ~torch.eye(4, dtype=torch.bool)[:1].expand(4, 4))
     assert_close(importance_loss(only_one_left), torch.tensor(3.0))
+    one_of_two = top_k_gating(torch.tensor([[2.0, 1.0, 0.0]]).expand(5, 3), 2)
+    lost = one_of_two.chosen & torch.tensor([True, False, False])
+    assert_close(importance_loss(without(one_of_two, lost)), torch.tensor(2.0))  # one of three has it all
+    totals = one_of_two.gates[0].clone()
+    partly = without(one_of_two, lost & (torch.arange(5) < 2)[:, None])
+    totals[0] *= 3 / 5
+    assert_close(importance_loss(partly), totals.var(correction=0) / totals.mean() ** 2)
 
 
 def test_importance_gradient_equals_finite_differences():
     logits = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: importance_loss(top_k_gating(x, 2)), logits)
+    first = torch.tensor([[True], [False], [False], [False], [False]])
+    assert torch.autograd.gradcheck(lambda x: importance_loss(without(top_k_gating(x, 2), first)), logits)
 
 
 # ---- router_z_loss
@@ -288,33 +314,19 @@ def test_the_gradient_reaches_the_router_and_the_record_is_left_alone(loss):
     assert all(map(torch.equal, fields(routing), copies))
 
 
-# ---- routing_metrics
+# ---- in a training
 
 
-def test_metrics_against_counts_by_hand():
-    chosen = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 0], [1, 0, 0, 1]], dtype=torch.bool)
-    routing = Routing(chosen / 2, torch.tensor([[0.0, 0, 0, 0], [1e4, 0, 0, 0]] * 2), chosen, chosen)
-    expected = {"imbalance": 2.0, "dropped": 0.0, "confidence": (1 / 4 + 1) / 2, "entropy": math.log(4) / 2}
-    assert routing_metrics(routing) == pytest.approx(expected, abs=1e-6)
-    first_two = (chosen.cumsum(dim=0) > 2) & chosen  # expert 0 has two seats
-    expected |= {"imbalance": 4 / 3, "dropped": 2 / 8}  # loads 2, 2, 1, 1
-    assert routing_metrics(without(routing, first_two)) == pytest.approx(expected, abs=1e-6)
-
-
-@given(sizes)
-def test_imbalance_from_one_to_E_over_k(size):
-    E, k = size
-    assert routing_metrics(taking_turns(E, k))["imbalance"] == pytest.approx(1)
-    logits = torch.zeros(5, E)
-    logits[:, :k] = 1
-    assert routing_metrics(top_k_gating(logits, k))["imbalance"] == pytest.approx(E / k)
-
-
-def test_metrics_are_plain_numbers_for_any_shape_also_with_a_gradient():
-    routing = TopkRouter(8, 5, top_k=2)(torch.randn(3, 4, 8))
-    metrics = routing_metrics(routing)
-    assert {name: type(number) for name, number in metrics.items()} == dict.fromkeys(
-        ("imbalance", "dropped", "confidence", "entropy"), float)
-    assert metrics == pytest.approx(routing_metrics(only(lambda field: field.flatten(0, 1), routing)))
-    assert metrics["confidence"] == pytest.approx(routing.confidence.item())
-    assert metrics["entropy"] == pytest.approx(routing.entropy.item())
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_a_collapsed_router_that_descends_ends_balanced(top_k):
+    router, x = TopkRouter(16, 8, top_k), torch.randn(1000, 16)
+    with torch.no_grad():
+        router.linear.bias[:top_k] += 4
+    assert routing_metrics(router(x))["imbalance"] > 0.8 * 8 / top_k
+    optimizer = torch.optim.Adam(router.parameters(), lr=0.02)
+    for _ in range(200):
+        loss = load_balancing_loss(router(x))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert routing_metrics(router(x))["imbalance"] < 1.15
