@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: shakespeare test lab bench assignments export
+.PHONY: shakespeare test lab bench assignments mlflow export
 
 shakespeare: .venv/learner     ## train the laptop preset on data/shakespeare.txt and let it write
 	$(BIN)/python -m makemoe train laptop
@@ -18,6 +18,9 @@ bench: .venv/bench             ## how fast, how good, against whom: tables, JSON
 
 assignments: .venv/developer   ## the lessons for students, without solutions, in assignments/
 	$(BIN)/python -m makemoe.classroom release assignments
+
+mlflow: .venv/learner          ## the page with all runs that were trained with --mlflow, at http://127.0.0.1:5000
+	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000
 
 export: .venv/developer        ## notebooks -> makemoe/*.py
 	$(BIN)/nbdev-clean

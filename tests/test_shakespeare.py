@@ -1,20 +1,23 @@
 """Lesson 13. The command, tried as a person would: as a process of its own in an empty folder."""
 
+import functools
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
-import time
-from dataclasses import fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from makemoe import shakespeare
 from makemoe.generation import generate
 from makemoe.model import MoEConfig
-from makemoe.shakespeare import PRESETS, RESULTS, new_folder, write
-from makemoe.training import TrainConfig, load_checkpoint
+from makemoe.shakespeare import PRESETS, RESULTS, Run, new_folder, run_training, write
+from makemoe.training import TrainConfig, load_checkpoint, mlflow_run
 
 ROOT = Path(__file__).parent.parent
 TINY = "--n-layer 1 --n-embd 16 --n-head 2 --n-hidden 16 --block-size 16 --batch-size 8 --eval-blocks 8".split()
@@ -109,17 +112,49 @@ def test_every_field_of_the_configs_is_an_option(tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
-def test_ctrl_c_saves_and_says_so(trained, tmp_path):
-    command = [sys.executable, "-m", "makemoe", "train", "laptop", *TINY, "--steps", "1000000", "--eval-every", "20",
-               "--data", str(trained[0] / "play.txt")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    checkpoint = tmp_path / "runs" / "laptop" / "model.safetensors"
-    deadline = time.time() + 120
-    while not checkpoint.exists() and time.time() < deadline:
-        time.sleep(0.1)  # until the first evaluation is saved; what is tested does not depend on when
+def test_ctrl_c_saves_and_says_how_to_go_on(trained, tmp_path):
+    def started(command):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}
+        return subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+    process = started([sys.executable, "-m", "makemoe", "train", "laptop", *TINY, "--steps", "1000000", "--eval-every", "20",
+                       "--data", str(trained[0] / "play.txt")])
+    next(line for line in process.stdout if line.startswith("step 20:"))
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert "stopped" in said and str(Path("runs/laptop/model.safetensors")) in said
-    load_checkpoint(checkpoint)
+    checkpoint = Path("runs/laptop/model.safetensors")
+    assert "stopped" in said and str(checkpoint) in said
+    load_checkpoint(tmp_path / checkpoint)
+
+    process = started(shlex.split(said.splitlines()[-1].removeprefix("to go on: ")))
+    line = next(line for line in process.stdout if "going on" in line)
+    process.kill()
+    process.communicate(timeout=120)
+    assert int(line.split()[-1]) >= 20
+
+
+def test_mlflow_gets_settings_metrics_pictures_sample_and_the_place_of_the_checkpoint(trained, tmp_path, monkeypatch, capsys):
+    from mlflow import MlflowClient
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(shakespeare, "mlflow_run", functools.partial(mlflow_run, folder=tmp_path / "log"))
+    model = MoEConfig(n_layer=1, n_embd=16, n_head=2, n_hidden=16, block_size=16)
+    config = TrainConfig(steps=4, batch_size=4, eval_every=2, eval_blocks=4)
+    run_training(Run(model, config, "tuesday", data=str(trained[0] / "play.txt"), device="cpu", mlflow=True))
+    client = MlflowClient(f"sqlite:///{(tmp_path / 'log').as_posix()}/mlflow.db")
+    logged, = client.search_runs([client.get_experiment_by_name("makemoe").experiment_id])
+    assert (logged.info.run_name, logged.info.status) == ("tuesday", "FINISHED")
+    for name, value in {**asdict(replace(model, vocab_size=22)), **asdict(config)}.items():
+        assert logged.data.params[name] == str(value)
+    assert logged.data.params["checkpoint"] == str(tmp_path / "runs" / "tuesday" / "model.safetensors")
+    assert {"train_loss", "val_loss", "seconds", "tokens_per_second", "imbalance_0", "dropped_0"} == set(logged.data.metrics)
+    assert [point.step for point in client.get_metric_history(logged.info.run_id, "val_loss")] == [0, 2, 4]
+    files = tmp_path / "log" / "mlruns" / logged.info.run_id / "artifacts"
+    assert {path.name for path in files.iterdir()} == set(RESULTS) - {"model.safetensors"}
+
+
+def test_progress_without_a_terminal_has_a_line_for_each_evaluation(trained):
+    lines = [line for line in trained[1].stdout.splitlines() if line.startswith("step ")]
+    assert [int(line.split()[1][:-1]) for line in lines] == [0, 20, 40]
+    assert all(re.search(r": \d+ s, train \d\.\d{3}, val \d\.\d{3}, imbalance \d\.\d\d, dropped 0\.0%$", line) for line in lines)

@@ -4,6 +4,8 @@ import functools
 import importlib.util
 import json
 import math
+import os
+import random
 import sys
 from dataclasses import asdict, replace
 from fractions import Fraction
@@ -21,7 +23,8 @@ from makemoe.data import CharTokenizer, get_batch
 from makemoe.lab import seed_everything
 from makemoe.model import MoEConfig, SparseMoELanguageModel
 from makemoe.training import (
-    TrainConfig, estimate_loss, learning_rate, load_checkpoint, mlflow_run, save_checkpoint, train,
+    TrainConfig, TrainingState, describe, estimate_loss, imbalance, learning_rate, live_plots, load_checkpoint, mlflow_run,
+    save_checkpoint, train,
 )
 
 TINY = MoEConfig(vocab_size=11, block_size=8, n_embd=16, n_head=2, n_layer=2, num_experts=4, top_k=2, n_hidden=16)
@@ -151,14 +154,17 @@ def test_estimate_of_the_shortest_stream_and_of_one_that_is_too_short():
 
 @pytest.mark.parametrize("mode", [True, False])
 def test_estimate_disturbs_nothing(mode):
-    model, ids = tiny_model(RESTLESS).train(mode), stream(100)
+    model, ids = tiny_model(RESTLESS), stream(100)
+    model(ids[None, :8], ids[None, 1:9]).loss.backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.train(mode)
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}
-    state = torch.get_rng_state()
+    state, pythons = torch.get_rng_state(), random.getstate()
     first = estimate_loss(model, ids, batch_size=5)
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(torch.get_rng_state(), state) and random.getstate() == pythons
     assert all(module.training == mode for module in model.modules())
     assert estimate_loss(model, ids, batch_size=5) == first  # no noise, whatever the mode outside
-    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(p.grad, before) for p, before in zip(model.parameters(), gradients))
     assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
     assert isinstance(first[0], float) and all(isinstance(count, int) for layer in first[1] for count in layer)
 
@@ -210,8 +216,12 @@ def test_records_come_at_the_start_regularly_and_at_the_end(steps, every, expect
     assert [record["step"] for record in history] == expected
     assert seen == history
     for record in history:
-        assert list(record) == ["step", "seconds", "train_loss", "val_loss", "load"]
+        assert set(record) == {"step", "seconds", "tokens_per_second", "train_loss", "val_loss", "load", "imbalance", "dropped"}
         assert [len(layer) for layer in record["load"]] == [4, 4]
+        loads = torch.tensor(record["load"], dtype=torch.double)
+        assert record["imbalance"] == pytest.approx((loads.amax(-1) / loads.mean(-1)).tolist())
+        assert record["dropped"] == [0.0, 0.0]  # nobody's seats are limited
+        assert (record["tokens_per_second"] > 0) == (record["step"] > 0)
         assert [sum(layer) for layer in record["load"]] == [4 * 8 * 2] * 2
     assert history == json.loads(json.dumps(history))  # plain data
     assert sorted(record["seconds"] for record in history) == [record["seconds"] for record in history]
@@ -227,6 +237,46 @@ def test_a_record_tells_training_text_from_held_out_text_and_hears_no_noise():
     val_loss, load = estimate_loss(model, held_out, 4, 4)
     assert (records[-1]["train_loss"], records[-1]["val_loss"], records[-1]["load"]) == (train_loss, val_loss, load)
     assert train_loss < val_loss - 0.01
+
+
+@pytest.mark.parametrize("load, expected", [([[3, 3, 3]], [1]), ([[8, 0, 0, 0], [2, 1, 1, 0]], [4, 2])])
+def test_imbalance_of_loads_by_hand(load, expected):
+    assert imbalance(load) == expected
+
+
+def test_dropped_is_what_the_last_batch_lost_in_training_whatever_evaluation_would_drop():
+    model, seen = tiny_model(replace(TINY, block_size=16, capacity_factor=0.5, eval_capacity_factor=4.0)), []
+    for block in model.blocks:
+        block.moe.router.register_forward_hook(
+            lambda router, _, routing: seen.append(1 - routing.kept.sum().item() / routing.chosen.sum().item()) if router.training else None)
+    for record in train(model, stream(200), stream(90), replace(SHORT, eval_every=1)):
+        step = record["step"]
+        assert record["dropped"] == pytest.approx(seen[2 * step - 2 : 2 * step] or [0.0, 0.0], abs=1e-6)
+    assert min(record["dropped"]) > 0.2
+
+
+def test_tokens_per_second_are_those_of_the_steps_alone(monkeypatch):
+    "A clock by hand: a step takes 1 second, an evaluation 50, what is done with a record 70."
+    now = [0.0]
+    monkeypatch.setattr(training.time, "perf_counter", lambda: now[0])
+
+    def spend(seconds):
+        now[0] += seconds
+
+    model = tiny_model()
+    model.register_forward_pre_hook(lambda module, _: spend(1) if module.training else None)
+    evaluate = TrainingState.evaluate
+    monkeypatch.setattr(TrainingState, "evaluate", lambda *arguments: [spend(50), evaluate(*arguments)])
+    now[0] = 3.0
+    monkeypatch.setattr(training, "estimate_loss", lambda *_: (1.0, [[1, 1]]))
+    history = train(model, stream(200), stream(90), SHORT, on_eval=lambda record: spend(70))
+    assert [record["tokens_per_second"] for record in history[1:]] == [4 * 8] * 3  # batch_size * block_size
+    assert [record["seconds"] for record in history] == [50, 173, 296, 417]
+
+
+def test_a_record_in_short():
+    record = dict(train_loss=1.0, val_loss=2.0, imbalance=[1.25, 3.5, 2.0], dropped=[0.0, 0.125])
+    assert describe(record) == "val 2.000, imbalance 3.50, dropped 12.5%"
 
 
 def test_evaluating_more_often_changes_nothing():
@@ -343,14 +393,14 @@ def test_no_progress_bar_where_nobody_looks(capfd):
 def test_the_bar_in_a_terminal_has_one_line_with_step_loss_and_time(monkeypatch, capfd):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setattr(training, "tqdm", functools.partial(training.tqdm, mininterval=0))  # draw every step
-    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("COLUMNS", "110")
     train(tiny_model(), stream(200), stream(90), replace(SHORT, steps=12))
     bar = capfd.readouterr().err
     assert bar.endswith("\n") and bar.count("\n") == 1
     last = bar.split("\r")[-1]
-    for piece in "training: 100%", "12/12", "train=", "val=", "step/s" if "step/s" in last else "s/step":
+    for piece in "100%", "12/12", "val ", "imbalance ", "dropped 0.0%":
         assert piece in last
-    assert any("/12 [" in line and "loss=" in line for line in bar.split("\r"))  # between the evaluations, too
+    assert any("/12 [" in line and "loss " in line for line in bar.split("\r"))  # that of the last batch
 
 
 def test_an_interrupted_training_leaves_a_model_that_has_learned():
@@ -363,6 +413,86 @@ def test_an_interrupted_training_leaves_a_model_that_has_learned():
     with pytest.raises(KeyboardInterrupt):
         train(model, stream(200), stream(90), SHORT, on_eval=stop)
     assert not torch.equal(model.lm_head.weight, before)
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_step_and_learning_rate():
+    seen = []
+    model = tiny_model()
+    with pytest.raises(FloatingPointError, match=r"^the loss of step \d+ is (nan|inf) \(learning rate .*\)$") as caught:
+        train(model, stream(200), stream(90), replace(SHORT, lr=1e30, warmup=0, final_lr=1.0), on_eval=seen.append)
+    assert "learning rate 1e+30" in str(caught.value)
+    assert [record["step"] for record in seen] == [0], "the record of bad weights must not get out"
+
+
+@pytest.mark.parametrize("bad", range(7))
+def test_the_first_bad_step_is_named_wherever_it_comes(bad):
+    model, steps = tiny_model(), []
+
+    def spoil(module, inputs, output):
+        if module.training:
+            steps.append(len(steps))
+            if steps[-1] == bad:
+                return replace(output, loss=output.loss * math.nan)
+
+    model.register_forward_hook(spoil)
+    rate = f"{learning_rate(bad, SHORT):.3g}"
+    with pytest.raises(FloatingPointError) as caught:
+        train(model, stream(200), stream(90), SHORT)
+    assert str(caught.value) == f"the loss of step {bad} is nan (learning rate {rate})"
+
+
+def test_an_evaluation_that_is_not_finite_stops_before_anything_is_saved():
+    model, seen = tiny_model(), []
+    model.register_forward_hook(lambda module, _, output: None if module.training or len(seen) < 2
+                                else replace(output, lm_loss=output.lm_loss * math.inf))
+    with pytest.raises(FloatingPointError, match="the loss of step 6 is inf"):
+        train(model, stream(200), stream(90), SHORT, on_eval=seen.append)
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("at", [1, 3, 5])
+def test_a_training_asked_to_stop_ends_after_the_step_at_hand(at):
+    model = tiny_model()
+    state = TrainingState(model, SHORT)
+    steps = []
+    model.register_forward_pre_hook(lambda module, _: steps.append(state.step) if module.training else None)
+    model.lm_head.register_forward_hook(lambda *_: setattr(state, "stop", len(steps) == at))  # in the middle of step `at`
+    history = train(model, stream(200), stream(90), SHORT, state=state)
+    assert state.step == at == len(steps)
+    assert history is state.history and [record["step"] for record in history] == [s for s in (0, 3, 6) if s <= at]
+    assert not model.training
+
+
+def test_a_training_asked_to_stop_at_a_bad_step_still_says_so():
+    model = tiny_model()
+    state = TrainingState(model, SHORT)
+
+    def spoil(module, inputs, output):
+        if module.training and state.step == 4:
+            state.stop = True
+            return replace(output, loss=output.loss * math.nan)
+
+    model.register_forward_hook(spoil)
+    with pytest.raises(FloatingPointError, match="the loss of step 4 is nan"):
+        train(model, stream(200), stream(90), SHORT, state=state)
+
+
+# ---- watching it in a notebook
+
+
+def test_live_pictures_show_the_history_so_far_and_replace_each_other(monkeypatch):
+    import IPython.display
+    import matplotlib.pyplot as plt
+
+    seen = []
+    monkeypatch.setattr(IPython.display, "clear_output", lambda wait: seen.append(f"clear, wait={wait}"))
+    monkeypatch.setattr(IPython.display, "display", lambda figure: seen.append(figure))
+    train(tiny_model(), stream(200), stream(90), SHORT, on_eval=live_plots())
+    assert seen[::3] == ["clear, wait=True"] * 4
+    lines = [len(figure.axes[0].lines[0].get_xdata()) for figure in seen[1::3]]
+    assert lines == [1, 2, 3, 4]
+    assert all(len(figure.axes) == 2 for figure in seen[2::3])  # a panel for each layer
+    assert plt.get_fignums() == []
 
 
 # ---- MLflow
@@ -384,8 +514,14 @@ def test_mlflow_gives_back_what_was_logged(tmp_path, monkeypatch):
     params = {"data": "shakespeare", **asdict(TINY), **asdict(SHORT)}
     with mlflow_run(params, folder, name="first") as log:
         history = train(tiny_model(), stream(200), stream(90), SHORT, on_eval=log)
-    with pytest.raises(KeyboardInterrupt), mlflow_run({}, folder, name="second"):  # the experiment is there already
+    (tmp_path / "note.txt").write_text("to be")
+    with pytest.raises(KeyboardInterrupt), mlflow_run({}, folder, name="second") as log:  # the experiment is there already
+        log.file(tmp_path / "note.txt")
         raise KeyboardInterrupt
+    with mlflow_run({"other": 1}, folder, name="second", resume=True) as log:  # goes on
+        log(history[-1])
+    with mlflow_run({}, folder, name="third", resume=True):  # there is none of this name: a new one
+        pass
 
     from mlflow import MlflowClient
 
@@ -393,17 +529,38 @@ def test_mlflow_gives_back_what_was_logged(tmp_path, monkeypatch):
     experiment = client.get_experiment_by_name("makemoe")
     assert experiment.artifact_location == (folder / "mlruns").as_uri()
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
-    assert {name: run.info.status for name, run in runs.items()} == {"first": "FINISHED", "second": "FAILED"}
+    assert {name: run.info.status for name, run in runs.items()} == dict.fromkeys(("first", "second", "third"), "FINISHED")
+    assert len(client.search_runs([experiment.experiment_id])) == 3
+    assert runs["second"].data.metrics["val_loss"] == history[-1]["val_loss"]
+    assert (folder / "mlruns" / runs["second"].info.run_id / "artifacts" / "note.txt").read_text() == "to be"
     run = runs["first"]
     assert run.data.params == {key: str(value) for key, value in params.items()}
-    for name in "train_loss", "val_loss", "seconds":
+    for name in "train_loss", "val_loss", "seconds", "tokens_per_second":
         points = client.get_metric_history(run.info.run_id, name)
         assert [(point.step, point.value) for point in points] == [(r["step"], r[name]) for r in history]
     for layer in range(2):
+        points = client.get_metric_history(run.info.run_id, f"dropped_{layer}")
+        assert [point.value for point in points] == [r["dropped"][layer] for r in history]
         points = client.get_metric_history(run.info.run_id, f"imbalance_{layer}")
         expected = [torch.tensor(r["load"][layer], dtype=torch.double) for r in history]
         assert [point.value for point in points] == pytest.approx([(e.max() / e.mean()).item() for e in expected])
-    assert [path.name for path in tmp_path.iterdir()] == ["not made yet"]  # nothing beside the folder
+    assert {path.name for path in tmp_path.iterdir()} == {"not made yet", "note.txt"}  # nothing beside the folder
+
+
+def test_mlflow_logs_into_the_project_by_default_whatever_the_current_folder(tmp_path, monkeypatch):
+    import mlflow
+
+    class Reached(Exception):
+        pass
+
+    def stop_here(uri):
+        raise Reached(uri)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(mlflow, "set_tracking_uri", stop_here)
+    with pytest.raises(Reached) as caught, mlflow_run({}):
+        pass
+    assert str(caught.value) == f"sqlite:///{Path(training.__file__).parents[1].as_posix()}/mlflow.db"
 
 
 # ---- checkpoints
@@ -452,30 +609,76 @@ def test_a_loaded_model_can_be_trained_and_saved_over_its_own_file(tmp_path):
     assert torch.equal(load_checkpoint(path)[0].lm_head.weight, model.lm_head.weight)
 
 
-def test_a_checkpoint_is_written_beside_its_place_and_then_moved_there(tmp_path, monkeypatch):
+def test_a_crash_at_any_byte_of_a_save_leaves_the_old_file_whole(tmp_path, monkeypatch):
+    "Every write ends after some bytes, as the power fails: then nothing else happens, not even tidying up."
+    path = saved(tmp_path)
+    before = path.read_bytes()
+    for cut in [0, 1, 7, 8, 9, 500, len(before) // 2, len(before) - 1, len(before), None]:
+        with monkeypatch.context() as power:
+            def open_until_the_cut(name, mode, cut=cut):
+                file = open(name, mode)
+                file.write, whole = (lambda content: [whole(content[:cut]), file.close(), fail()]), file.write
+                return file
+
+            def fail(*_):
+                raise SystemExit("power cut")
+
+            if cut is None:
+                power.setattr(training.os, "replace", fail)
+            else:
+                power.setattr(training, "open", open_until_the_cut, raising=False)
+            with pytest.raises(SystemExit, match="power cut"):
+                save_checkpoint(path, tiny_model(RESTLESS), CharTokenizer("abcdefghijk"))
+        assert path.read_bytes() == before
+    save_checkpoint(path, tiny_model(RESTLESS), CharTokenizer("abcdefghijk"))  # and after all that it still works
+    assert load_checkpoint(path)[0].config == RESTLESS
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_new_file_is_flushed_to_the_disk_before_it_takes_the_place_of_the_old_one(tmp_path, monkeypatch):
     path, seen = saved(tmp_path), []
+    size = path.stat().st_size
+    sync, rename = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda number: [seen.append(("sync", os.fstat(number).st_size)), sync(number)])
+    monkeypatch.setattr(os, "replace", lambda a, b: [seen.append(("replace", Path(a).stat().st_size)), rename(a, b)])
+    save_checkpoint(path, tiny_model(), CharTokenizer("abcdefghijk"), [])
+    assert seen[:2] == [("sync", size), ("replace", size)]
+    assert os.name != "posix" or [what for what, _ in seen[2:]] == ["sync"], "the folder, too"
 
-    def watched(tensors, target, metadata):
-        seen.append((Path(target).parent == path.parent, Path(target) != path))
-        save_file(tensors, target, metadata)
 
-    monkeypatch.setattr(training, "save_file", watched)
-    save_checkpoint(path, tiny_model(), CharTokenizer("abcdefghijk"))
-    assert seen == [(True, True)]
-
-
-def test_a_save_that_fails_leaves_the_old_file_whole(tmp_path, monkeypatch):
+def test_a_full_disk_and_a_folder_that_cannot_be_written_are_one_line_and_lose_nothing(tmp_path, monkeypatch):
     path = saved(tmp_path)
     before = path.read_bytes()
 
-    def full_disk(tensors, target, metadata):
-        Path(target).write_bytes(b"half")
-        raise OSError("no space left on device")
+    def full(*_):
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(training, "save_file", full_disk)
-    with pytest.raises(OSError, match="no space left"):
-        save_checkpoint(path, tiny_model(RESTLESS), CharTokenizer("abcdefghijk"))
+    with monkeypatch.context() as disk:
+        disk.setattr(training.os, "fsync", full)
+        with pytest.raises(OSError) as caught:
+            save_checkpoint(path, tiny_model(RESTLESS), CharTokenizer("abcdefghijk"))
+    assert str(caught.value) == f"cannot save {path} (No space left on device); what was saved there before is whole"
+    assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == [path.name]
+    with pytest.raises(OSError, match=r"cannot save .*\((Not a directory|File exists)\)"):
+        save_checkpoint(path / "below a file" / "m", tiny_model(), CharTokenizer("abcdefghijk"))
     assert path.read_bytes() == before
+
+
+def test_files_without_a_version_still_load_and_those_of_a_later_one_say_so(tmp_path):
+    path, written = saved(tmp_path), []
+    rewrite(path, lambda facts: [facts, written.append(facts["version"])][0])
+    assert written == [training.VERSION]
+    rewrite(path, lambda facts: {key: value for key, value in facts.items() if key != "version"})
+    load_checkpoint(path)
+    rewrite(path, lambda facts: dict(config="of another shape", version=training.VERSION + 1))
+    refused(path, "was saved by a newer version of makemoe: update makemoe to load it")
+    rewrite(path, lambda facts: dict(facts, version="newest"))
+    refused(path, "does not fit this version of makemoe")
+
+
+def test_the_model_that_comes_with_the_project_loads():
+    model, tokenizer, history = load_checkpoint(Path(__file__).parent.parent / "data" / "lab.safetensors")
+    assert model.config.vocab_size == tokenizer.vocab_size == 64 and len(history) > 2
 
 
 def rewrite(path, change_facts=lambda facts: facts, change_weights=lambda weights: weights):
