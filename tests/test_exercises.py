@@ -1,23 +1,14 @@
 """The exercises: what students are given holds no solution, and every solution is followed by cells that grade it."""
 
 import ast
-from pathlib import Path
 
 import nbformat
 import pytest
-from nbgrader.preprocessors import ClearHiddenTests, ClearOutput, ClearSolutions, CheckCellMetadata, ComputeChecksums, LockCells
 
-ROOT = Path(__file__).parent.parent
-LESSONS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+from makemoe.classroom import find_lessons, without_solutions
+
+LESSONS = find_lessons()
 each_lesson = pytest.mark.parametrize("lesson", LESSONS, ids=lambda path: path.stem)
-
-
-def release(lesson):
-    "The notebook that students are given: nbgrader's own steps, without its database."
-    notebook, resources = nbformat.read(lesson, 4), {}
-    for step in LockCells, ClearSolutions, ClearOutput, CheckCellMetadata, ComputeChecksums, ClearHiddenTests, CheckCellMetadata:
-        notebook, resources = step().preprocess(notebook, resources)
-    return notebook
 
 
 def kinds(notebook):
@@ -29,7 +20,7 @@ def kinds(notebook):
 
 @each_lesson
 def test_the_release_holds_no_solution(lesson):
-    for kind, cell in kinds(release(lesson)):
+    for kind, cell in kinds(without_solutions(lesson)):
         assert "SOLUTION" not in cell.source and "HIDDEN" not in cell.source
         if kind == "solution":
             assert "raise NotImplementedError()" in cell.source, f"{cell.id} has no region between BEGIN and END SOLUTION"
