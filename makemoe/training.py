@@ -410,10 +410,11 @@ def load_training(path, device="cpu"):
         state = TrainingState(model, TrainConfig(**saved["config"]), saved["notes"])
         state.step, state.history, state.began = saved["step"], history, state.began - saved["seconds"]
         for name, weight in model.named_parameters():
+            if f"training.step.{name}" not in tensors:
+                continue  # it has had no gradient so far
             for memory, shape in ("step", ()), ("exp_avg", weight.shape), ("exp_avg_sq", weight.shape):
-                if state.step:
-                    tensor = tensors[f"training.{memory}.{name}"].view(shape)
-                    state.optimizer.state[weight][memory] = tensor.to(device)
+                tensor = tensors[f"training.{memory}.{name}"].view(shape)
+                state.optimizer.state[weight][memory] = tensor.to(device)
         state.order.set_state(tensors["training.order"])
         version, numbers, gauss = saved["random"]
         random.setstate((version, tuple(numbers), gauss))

@@ -108,6 +108,17 @@ def test_everything_comes_back(tmp_path):
         assert all(torch.equal(memory[key], copy[key]) and memory[key].dtype == copy[key].dtype for key in memory)
 
 
+def test_a_weight_that_has_had_no_gradient_has_no_memory_and_that_is_fine(tmp_path):
+    state = new_state()
+    save_training(tmp_path / "m", state, TOKENIZER)  # before the first step none has
+    assert not any(load_training(tmp_path / "m")[0].optimizer.state.values())
+    state.model.lm_head.bias.requires_grad_(False)
+    train(state.model, *TEXTS, SHORT, state=state)
+    save_training(tmp_path / "m", state, TOKENIZER)
+    again, _ = load_training(tmp_path / "m")
+    assert [name for name, weight in again.model.named_parameters() if not again.optimizer.state[weight]] == ["lm_head.bias"]
+
+
 def test_the_seconds_go_on(tmp_path, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(training.time, "perf_counter", lambda: now[0])
