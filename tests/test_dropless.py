@@ -14,7 +14,7 @@ from makemoe import dropless
 from makemoe.capacity import CapacityRouter
 from makemoe.dropless import LOOP_NAMES, GroupedExperts, answers_in_blocks, answers_in_one_call, stack_weights
 from makemoe.experts import ACTIVATIONS
-from makemoe.gating import Routing, TopkRouter, top_k_gating
+from makemoe.gating import Routing, TopkRouter
 from makemoe.sparse_moe import Experts, SparseMoE
 
 

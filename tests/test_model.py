@@ -421,10 +421,11 @@ def test_grouped_experts_and_the_loop_are_the_same_model():
 
 def test_aux_loss_is_taken_per_layer_weighted_and_averaged():
     model = random_model(balance_coef=0.5, importance_coef=0.25, z_coef=2.0)
-    output = model(*torch.randint(13, (2, 3, 9)))
-    by_layer = [0.5 * load_balancing_loss(r) + 0.25 * importance_loss(r) + 2.0 * router_z_loss(r) for r in output.routings]
-    assert_close(output.aux_loss, sum(by_layer) / 3)
-    assert_close(output.loss, output.lm_loss + output.aux_loss)
+    for mode in True, False:
+        output = model.train(mode)(*torch.randint(13, (2, 3, 9)))
+        by_layer = [0.5 * load_balancing_loss(r) + 0.25 * importance_loss(r) + 2.0 * router_z_loss(r) for r in output.routings]
+        assert_close(output.aux_loss, sum(by_layer) / 3)
+        assert_close(output.loss, output.lm_loss + output.aux_loss)
 
 
 def test_aux_loss_reaches_the_routers_and_zero_coefficients_cost_nothing():

@@ -98,6 +98,9 @@ ANSWERS = {
         "router asked again: another draw of the noise": [(RETURN, "return x + y, self.moe.router(self.norm2(x))")],
         "x += writes into the caller's stream": [(ATTEND, "x += self.attention(self.norm1(x), cache)")],
         "routing and stream exchanged": [(RETURN, "return routing, x + y")],
+        "routing detached: no loss reaches the router": [
+            (RETURN, "return x + y, type(routing)(*(field.detach() for field in vars(routing).values()))"),
+        ],
         "stream detached": [("x = x + self.attention", "x = x.detach() + self.attention")],
     },
     "model-language-model": {
@@ -202,6 +205,7 @@ ANSWERS = {
         "the first block again and again": [("x, routing = block(x,", "x, routing = self.blocks[0](x,")],
         "targets shifted again": [(ENTROPY, "F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets[:, 1:].flatten())")],
         "the token itself as its target": [(ENTROPY, ENTROPY.replace("targets", "ids"))],
+        "token 0 taken for padding": [(ENTROPY, ENTROPY.replace("targets.flatten()", "targets.flatten(), ignore_index=0"))],
         "summed instead of averaged": [(ENTROPY, ENTROPY.replace("targets.flatten()", "targets.flatten(), reduction='sum'"))],
         "tokens and batch exchanged": [(ENTROPY, "F.cross_entropy(logits.transpose(0, 1).flatten(0, 1).float(), targets.flatten())")],
         "logits reshaped instead of turned": [(ENTROPY, "F.cross_entropy(logits.float().reshape(len(ids), -1, T), targets)")],
@@ -213,13 +217,14 @@ ANSWERS = {
         "fairness left out of the loss": [("lm_loss + aux_loss, lm_loss", "lm_loss, lm_loss")],
         "fairness weighted twice": [(OUTPUT, OUTPUT.replace("lm_loss + aux_loss", "lm_loss + self.config.balance_coef * aux_loss"))],
         "fairness of the last layer": [("self.auxiliary_loss(routings)", "self.auxiliary_loss(routings[-1:])")],
+        "fairness in evaluation only": [(AUX, "aux_loss = self.auxiliary_loss(routings) * (not self.training)")],
+        "fairness in training only": [(AUX, "aux_loss = self.auxiliary_loss(routings) * self.training")],
         "fairness summed over layers": [("self.auxiliary_loss(routings)", "self.auxiliary_loss(routings) * len(routings)")],
         "fairness of all layers pooled": [
             (AUX, "pooled = type(routing)(*(torch.cat(fields) for fields in zip(*(vars(r).values() for r in routings))))\n        aux_loss = self.auxiliary_loss([pooled])"),
         ],
         "fairness as a plain number: no gradient": [("self.auxiliary_loss(routings)", "self.auxiliary_loss(routings).detach()")],
-        "nothing can be learned: no gradients": [("        T = ids.shape[1]", "        torch.set_grad_enabled(False)\n        T = ids.shape[1]"),
-                                                 (OUTPUT, "torch.set_grad_enabled(True)\n        " + OUTPUT)],
+        "nothing can be learned: no gradients": [("    def forward(self, ids", "    @torch.no_grad()\n    def forward(self, ids")],
         "evaluation mode in forward": [("        T = ids.shape[1]", "        self.eval()\n        T = ids.shape[1]")],
     },
     "model-count": {
