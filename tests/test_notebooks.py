@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -28,10 +29,11 @@ def test_it_runs(lesson, monkeypatch):
     monkeypatch.setenv("MAKEMOE_FAST", "1")
     monkeypatch.setattr("makemoe.lab.FAST", True)  # the lab may have been imported before
     monkeypatch.setenv("MPLBACKEND", "agg")
-    threads = torch.get_num_threads()
+    threads, ctrl_c = torch.get_num_threads(), signal.getsignal(signal.SIGINT)
     ok, _ = run_notebook(lesson, basepath=ROOT, cell_timeout=300)
     plt.close("all")
     torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, ctrl_c)  # nbdev leaves a handler of its own, which ends the process
     assert ok, "the traceback stands above, with the number of the cell"
 
 

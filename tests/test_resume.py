@@ -221,7 +221,15 @@ def test_on_a_gpu_its_random_numbers_and_the_memory_come_back_to_it(tmp_path):
     assert [record["step"] for record in train(again.model, *TEXTS, SHORT, state=again)] == [0, 3, 6, 7]
 
 
-def test_the_first_signal_waits_for_the_step_and_the_second_does_not():
+@pytest.fixture
+def usual_ctrl_c():
+    "Ctrl-C raises KeyboardInterrupt, whatever was left by others: in the background it is ignored."
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_first_signal_waits_for_the_step_and_the_second_does_not(usual_ctrl_c):
     state = new_state()
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(KeyboardInterrupt), stop_by_signal(state):
