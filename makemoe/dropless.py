@@ -19,14 +19,15 @@ def answers_in_blocks(tokens, kept, weights, act):
 
     For tokens (N, C), kept (N, E) and `weights`: up (E, H, C), up_bias (E, H) or None, down (E, C, H),
     down_bias (E, C) or None. `act` acts on the hidden channels. The pairs are sorted by expert, those of
-    one expert by row. No other rows are multiplied; an expert without tokens runs on an empty block.
+    one expert by row. No other rows are multiplied.
     """
     none = [None] * kept.shape[1]
     per_expert = [none if stacked is None else stacked for stacked in weights]
     e, rows = kept.T.nonzero(as_tuple=True)
     pieces = tokens.index_select(0, rows).split(kept.sum(dim=0).tolist())
     answers = [F.linear(act(F.linear(piece, up, up_bias)), down, down_bias)
-               for piece, up, up_bias, down, down_bias in zip(pieces, *per_expert)]
+               for piece, up, up_bias, down, down_bias in zip(pieces, *per_expert)
+               if len(piece) or not len(rows)]  # without tokens there is no work
     return e, rows, torch.cat(answers)
 
 

@@ -172,7 +172,7 @@ ANSWERS = {
                                                 ("        if self.rotary:", "        q, k, v = (part.reshape(B, self.n_head, T, -1) for part in (q, k, v))\n        if self.rotary:")],
         "query, key and value side by side in each head": [("view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)", "view(B, T, self.n_head, 3, -1).permute(3, 0, 2, 1, 4)")],
         "channels of a head not next to each other": [("view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)", "view(B, T, 3, -1, self.n_head).permute(2, 0, 4, 1, 3)")],
-        "keys before queries": [("q, k, v = self", "k, q, v = self")],
+        "keys before queries": [("permute(2, 0, 3, 1, 4)", "permute(2, 0, 3, 1, 4)[[1, 0, 2]]")],
         "heads laid side by side without a transpose": [("y.transpose(1, 2).reshape", "y.reshape")],
         "no projection": [("y = self.proj(y.transpose(1, 2).reshape(B, T, C))", "y = y.transpose(1, 2).reshape(B, T, C)")],
         "scaled by the embedding size": [("is_causal=not past)", "is_causal=not past, scale=C ** -0.5)")],
@@ -200,9 +200,9 @@ ANSWERS = {
         "cached keys turned again": [("            k, v = cache.append(k, v)  # each (B, H, past + T, D)", '''            k, v = cache.append(k, v)
             if self.rotary:
                 k = rotate(k, torch.arange(past + T))''')],
-        "queries turned and keys not": [("q, k = rotate(q, positions), rotate(k, positions)", "q = rotate(q, positions)")],
-        "keys turned and queries not": [("q, k = rotate(q, positions), rotate(k, positions)", "k = rotate(k, positions)")],
-        "values turned too": [("rotate(k, positions)\n", "rotate(k, positions)\n            v = rotate(v, positions)\n")],
+        "queries turned and keys not": [("q, k = rotate(qkv[:2],", "q = rotate(q,")],
+        "keys turned and queries not": [("q, k = rotate(qkv[:2],", "k = rotate(k,")],
+        "values turned too": [("q, k = rotate(qkv[:2],", "q, k, v = rotate(qkv,")],
         "turned before the heads are apart": [("self.qkv(x).view", "(self.qkv(rotate(x, torch.arange(past, past + T))) if self.rotary and C % 2 == 0 else self.qkv(x)).view"),
                                               ("if self.rotary:", "if False:")],
         "turned whether wanted or not": [("if self.rotary:", "if C // self.n_head % 2 == 0:")],
@@ -214,7 +214,7 @@ ANSWERS = {
         "dropout before the projection": [("y = self.proj(y.transpose(1, 2).reshape(B, T, C))", "y = F.dropout(y, self.dropout, self.training)"),
                                           ("return F.dropout(y, self.dropout, self.training)", "return self.proj(y.transpose(1, 2).reshape(B, T, C))")],
         "what came in added": [("return F.dropout(y, self.dropout, self.training)", "return x + F.dropout(y, self.dropout, self.training)")],
-        "queries, keys and values without a gradient": [("        q, k, v = self", "        with torch.no_grad():\n          q, k, v = self")],
+        "queries, keys and values without a gradient": [("        qkv = self", "        with torch.no_grad():\n          qkv = self")],
         "heads of the lesson": [("self.n_head, -1", "C // 4, -1")],
     },
     "attention-entropy": {

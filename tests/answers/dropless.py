@@ -88,8 +88,8 @@ def answers_in_blocks(tokens, kept, weights, act):
             (".split(kept.sum(dim=0).tolist())", ".tensor_split(kept.sum(dim=0).cumsum(dim=0).tolist())[1:]"),
         ],
         "loads counted by token": [(".split(kept.sum(dim=0).tolist())", ".split(kept.sum(dim=1).tolist())")],
-        "experts without tokens left out, the others move up": [(ZIP, "zip([piece for piece in pieces if len(piece)], *per_expert)")],
-        "experts without tokens skipped: nothing to join when nobody is kept": [(ZIP, ZIP + " if len(piece)")],
+        "experts without tokens left out, the others move up": [(ZIP, "zip([piece for piece in pieces if len(piece) or not len(rows)], *per_expert)")],
+        "experts without tokens skipped: nothing to join when nobody is kept": [(" or not len(rows)", "")],
         "every expert runs on every token": '''
 def answers_in_blocks(tokens, kept, weights, act):
     e, rows = kept.T.nonzero(as_tuple=True)
