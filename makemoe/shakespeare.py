@@ -31,9 +31,10 @@ from .training import load_checkpoint, load_training, read_checkpoint, save_chec
 
 # %% ../notebooks/13_shakespeare.ipynb #shakespeare-write
 def write(model, tokenizer, prompt, num_tokens, **settings):
-    """Let the model continue `prompt`: yields (character, number of the expert that wrote it).
+    """Let the model continue `prompt`: yields (character, expert that wrote it, an int), each as soon as it is there.
 
     That is the expert with the largest gate in the last layer when the character was predicted. Settings as for `stream`.
+    Raises ValueError for a prompt with characters outside the vocabulary.
     """
     ids = tokenizer.encode(prompt).to(next(model.parameters()).device)
     for token, routings in stream(model, ids[None], num_tokens, **settings):
@@ -42,7 +43,7 @@ def write(model, tokenizer, prompt, num_tokens, **settings):
 
 # %% ../notebooks/13_shakespeare.ipynb #shakespeare-new-folder
 def new_folder(name):
-    "Make and return runs/NAME, or the first of NAME-2, NAME-3, ... that does not exist yet."
+    "Make the folder runs/NAME, or the first of NAME-2, NAME-3, ... that does not exist yet, and return its `Path`."
     for number in count(1):
         folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
         if not folder.exists():
