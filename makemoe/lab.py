@@ -16,7 +16,7 @@ import torch
 
 # %% ../notebooks/00_lab.ipynb #lab-seed-everything
 def seed_everything(seed=1337):
-    "Make every random number that follows repeat itself: Python's and PyTorch's, on all devices."
+    "Start Python's and PyTorch's random numbers, on all devices, from `seed`: all that follow repeat themselves."
     random.seed(seed)
     torch.manual_seed(seed)
 

@@ -46,10 +46,10 @@ def test_ties_still_choose_exactly_k():
 
 
 def test_an_expert_may_be_chosen_and_weigh_nothing():
-    routing = top_k_gating(torch.tensor([[300.0, 0.0, -300.0], [-300.0, -600.0, 0.0]]), 2)
-    assert routing.chosen.tolist() == [[True, True, False], [True, False, True]]
+    routing = top_k_gating(torch.tensor([[300.0, 0.0, -300.0], [-300.0, -600.0, 0.0], [-300.0, 0.0, 300.0], [300.0, -300.0, 0.0]]), 2)
+    assert routing.chosen.tolist() == [[True, True, False], [True, False, True], [False, True, True], [True, False, True]]
     assert torch.equal(routing.kept, routing.chosen)
-    assert_close(routing.gates, torch.tensor([[1.0, 0, 0], [0, 0, 1]]))
+    assert_close(routing.gates, torch.tensor([[1.0, 0, 0], [0, 0, 1], [0, 0, 1], [1, 0, 0]]))
 
 
 def test_the_smallest_difference_decides():
@@ -76,7 +76,7 @@ def test_huge_logits_stay_finite():
 
 def test_gates_ignore_a_constant_added_to_all_logits():
     logits = torch.randn(10, 8, dtype=torch.float64)
-    for constant in 5, 1e6, -1e6:
+    for constant in 5, 1e6, -1e6, -1e6 * torch.arange(10)[:, None]:
         assert_close(top_k_gating(logits + constant, 2).gates, top_k_gating(logits, 2).gates)
 
 
@@ -121,6 +121,12 @@ def test_routing_counts_loads_and_drops_over_all_leading_dimensions():
     assert Routing(chosen.float(), torch.zeros(2, 2, 3), chosen, chosen).dropped == 0
     kept[..., 2] = False
     assert Routing(chosen.float(), torch.zeros(2, 2, 3), chosen, kept).load.tolist() == [2, 2, 0]
+    many = chosen.expand(2, 100, 2, 2, 3)
+    routing = Routing(torch.zeros(many.shape), torch.zeros(many.shape), many, many)
+    assert routing.load.tolist() == [600, 400, 600], "also of tokens whose gate was rounded to 0"
+    assert_close(routing.entropy, torch.tensor(math.log(3)))
+    alone = Routing(*(field[1, 0] for field in (chosen.float(), torch.zeros(2, 2, 3), chosen, chosen)))
+    assert alone.load.tolist() == [1, 1, 1] and alone.dropped == 0
 
 
 def test_confidence_and_entropy_at_their_ends():

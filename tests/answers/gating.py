@@ -78,11 +78,15 @@ ANSWERS = {
         "load: idle experts at the end are missing": [(LOAD, "self.kept.nonzero()[:, -1].bincount()")],
         "load: for four experts only": [(LOAD, "self.kept.reshape(-1, 4).sum(dim=0)")],
         "load: a float, not a count": [(LOAD, LOAD.replace("self.kept", "self.kept.float()", 1))],
+        "load: only of those that weigh something": [(LOAD, "(self.kept & (self.gates > 0)).reshape(-1, self.kept.shape[-1]).sum(dim=0)")],
+        "load: counted in 8 bits": [(LOAD, "self.kept.to(torch.uint8).reshape(-1, self.kept.shape[-1]).sum(dim=0, dtype=torch.uint8)")],
+        "load: three dimensions at most": [(LOAD, "self.kept.sum(dim=tuple(range(min(self.kept.dim() - 1, 2))))")],
         "dropped: the share that is kept": [(DROPPED, "self.kept.sum() / self.chosen.sum()")],
         "dropped: of all places instead of the choices": [(DROPPED, "(self.chosen & ~self.kept).float().mean()")],
         "dropped: a number of choices, not a share": [(DROPPED, "(self.chosen & ~self.kept).sum()")],
         "dropped: share of the tokens that lost something": [(DROPPED, "(self.chosen & ~self.kept).any(dim=-1).float().mean()")],
         "dropped: averaged token by token": [(DROPPED, "(1 - self.kept.sum(dim=-1) / self.chosen.sum(dim=-1)).mean()")],
+        "dropped: averaged expert by expert": [(DROPPED, "(1 - self.kept.flatten(0, -2).sum(dim=0) / self.chosen.flatten(0, -2).sum(dim=0).clamp(min=1)).mean()")],
         "dropped: reads the lesson's global chosen": [(DROPPED, "1 - self.kept.sum() / chosen.sum()")],
         "entropy: 0 * log(0) is not a number": [(ENTROPY, "-(self.probs * self.probs.log()).sum(dim=-1).mean()")],
         "entropy: probabilities below 0.001 raised to it": [
@@ -92,6 +96,10 @@ ANSWERS = {
         "entropy: the sign forgotten": [(ENTROPY, ENTROPY[1:])],
         "entropy: summed over the tokens": [(ENTROPY, ENTROPY.replace("mean", "sum"))],
         "entropy: averaged over experts, too": [(ENTROPY, "-(log_probs.exp() * log_probs).mean()")],
+        "entropy: as if there were always four experts": [(ENTROPY, ENTROPY + " / math.log(self.logits.shape[-1]) * math.log(4)")],
+        "entropy: divided by B and T, whatever else there is": [
+            (ENTROPY, "-(log_probs.exp() * log_probs).sum() / math.prod(log_probs.shape[:min(2, log_probs.dim() - 1)])"),
+        ],
         "entropy: one per sequence for (B, T, E)": [(ENTROPY, ENTROPY.replace("mean()", "mean(dim=-1)"))],
         "entropy: of the average probabilities": [
             (ENTROPY, "torch.special.entr(self.probs.reshape(-1, self.probs.shape[-1]).mean(dim=0)).sum()"),
@@ -159,6 +167,11 @@ def top_k_gating(logits, k):
         ],
         "a sigmoid for each": [(GATES, "logits.sigmoid() * chosen / (logits.sigmoid() * chosen).sum(dim=-1, keepdim=True)")],
         "sorted once: places taken for ranks": [(CHOSEN, "logits.argsort(dim=-1, descending=True) < k")],
+        "chosen by probability, where two that are rounded to 0 tie": [(INDICES, "logits.softmax(dim=-1).topk(k, dim=-1).indices")],
+        "the exponential of what is left of the largest logit of all tokens": [
+            (GATES, "(logits - logits.max()).exp() * chosen"),
+            (RETURN, "gates = gates / gates.sum(dim=-1, keepdim=True)\n    " + RETURN),
+        ],
         "always two experts": [("logits.topk(k, dim=-1)", "logits.topk(2, dim=-1)")],
         "the smallest logits": [(INDICES, "logits.topk(k, dim=-1, largest=False).indices")],
         "drawn by chance instead of chosen": [

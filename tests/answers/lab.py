@@ -30,6 +30,11 @@ def seed_everything(seed=1337):
         "seeded once, then never again": [("    torch.manual_seed(seed)", "    if not hasattr(seed_everything, 'done'):\n        torch.manual_seed(seed)\n    seed_everything.done = True")],
         "the GPU only": [("torch.manual_seed(seed)", "torch.cuda.manual_seed_all(seed)")],
         "the number of the call added": [("    random.seed(seed)", "    seed += getattr(seed_everything, 'calls', 0)\n    seed_everything.calls = getattr(seed_everything, 'calls', 0) + 1\n    random.seed(seed)")],
+        "a text for Python, which another process hashes differently": [("random.seed(seed)", "random.seed(hash(str(seed)))")],
+        "another seed for Python": [("random.seed(seed)", "random.seed(seed + 1)")],
+        "one of 32 seeds": [("    random.seed(seed)", "    seed %= 32\n    random.seed(seed)")],
+        "the first number drawn already": [("    torch.manual_seed(seed)", "    torch.manual_seed(seed)\n    random.random()")],
+        "PyTorch's seed drawn by Python": [("torch.manual_seed(seed)", "torch.manual_seed(random.randrange(2**32))")],
     },
     "lab-text-to-html": {
         "right: a run in one span": page('''
@@ -87,6 +92,16 @@ def seed_everything(seed=1337):
         "small letters": [(">{html.escape(c)}<", ">{html.escape(c.lower())}<")],
         "div instead of span": [("<span ", "<div "), ("</span>'", "</div>'")],
         "hard spaces": [("for c, e in zip(text, experts))", "for c, e in zip(text, experts)).replace('> <', '>&nbsp;<')")],
+        "accents lost": [("for c, e in zip(text, experts))", "for c, e in zip(text, experts)).encode('ascii', 'ignore').decode()")],
+        "a question mark for each accent": [("for c, e in zip(text, experts))", "for c, e in zip(text, experts)).encode('ascii', 'replace').decode()")],
+        "a blank for each tab": [("zip(text, experts)", "zip(text.replace('\\t', ' '), experts)")],
+        "white space belongs to nobody": [("if e is None", "if e is None or c.isspace()")],
+        "nobody's characters to the last expert": page('''
+    spans, last = "", None
+    for c, e in zip(text, experts):
+        last = last if e is None else e
+        spans += html.escape(c) if last is None else f'<span class="e{last}" title="expert {last}">{html.escape(c)}</span>'
+'''),
         "the last run forgotten": page('''
     spans = run = ""
     last = None
@@ -142,6 +157,17 @@ def shares(written):
         "counted as text, where 1 is in 11": [("experts.count(expert)", "str(experts).count(str(expert))")],
         "a list": [("{expert: experts.count(expert) / len(experts) for expert in set(experts)}", "[experts.count(expert) / len(experts) for expert in sorted(set(experts))]")],
         "share of expert 0 for all": [("experts.count(expert)", "experts.count(experts[0])")],
+        "the last run of each": '''
+def shares(written):
+    from itertools import groupby
+    return {expert: len(list(run)) / len(written) for expert, run in groupby(written, key=lambda pair: pair[1])}
+''',
+        "shares of the runs": '''
+def shares(written):
+    from itertools import groupby
+    experts = [expert for expert, _ in groupby(expert for _, expert in written)]
+    return {expert: experts.count(expert) / len(experts) for expert in set(experts)}
+''',
         "the caller's list emptied": [("    return", "    written.clear()\n    return")],
     },
     "lab-runs": {
@@ -223,5 +249,17 @@ def runs(written):
         "the number of runs": [("    return lengths", "    return len(lengths)")],
         "the longest first": [("    return lengths", "    return sorted(lengths, reverse=True)")],
         "with the experts": [("    return lengths", "    return [(length, last) for length in lengths]")],
+        "the last run of each expert": '''
+def runs(written):
+    from itertools import groupby
+    return list({expert: len(list(run)) for expert, run in groupby(written, key=lambda pair: pair[1])}.values())
+''',
+        "where runs end": '''
+def runs(written):
+    experts = [expert for _, expert in written]
+    return [i for i in range(1, len(experts) + 1) if i == len(experts) or experts[i] != experts[i - 1]]
+''',
+        "nine at most": [("lengths[-1] += 1", "lengths[-1] = min(lengths[-1] + 1, 9)")],
+        "the caller's list emptied": [("    return lengths", "    written.clear()\n    return lengths")],
     },
 }

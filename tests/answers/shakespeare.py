@@ -23,8 +23,8 @@ ANSWERS = {
 ''',
         "right: with next, and a loop over the gates": '''
 def write(model, tokenizer, prompt, num_tokens, **settings):
-    device = model.lm_head.weight.device
-    steps = iter(stream(model, torch.stack([tokenizer.encode(prompt)]).to(device), num_tokens, **settings))
+    ids = tokenizer.encode(prompt).reshape(1, -1).to(model.lm_head.weight.device)
+    steps = iter(stream(model, ids, num_tokens, **settings))
     while (step := next(steps, None)) is not None:
         (token,), layers = step
         gates = layers[len(layers) - 1].gates.squeeze(0)[-1].tolist()
@@ -95,7 +95,7 @@ def write(model, tokenizer, prompt, num_tokens, **settings):
         "temperature 0.8 unless told": [("    for token", '    settings.setdefault("temperature", 0.8)\n    for token')],
         "a temperature of 0 taken for none": [("    for token", '    settings["temperature"] = settings.get("temperature") or 1.0\n    for token')],
         "seed 1337 unless told": [("    for token", '    settings.setdefault("seed", 1337)\n    for token')],
-        "all dice of the house seeded": [("    for token", '    if "seed" in settings:\n        torch.manual_seed(settings.pop("seed"))\n    for token')],
+        "all dice of the house seeded": [("    for token", '    import torch\n    if "seed" in settings:\n        torch.manual_seed(settings.pop("seed"))\n    for token')],
         "always the likeliest": [(STREAM, "stream(model, ids[None], num_tokens, temperature=0)")],
         "white space of the prompt stripped": [("encode(prompt)", "encode(prompt.strip())")],
         "a new line after the prompt": [("encode(prompt)", 'encode(prompt + "\\n")')],
@@ -110,12 +110,14 @@ def write(model, tokenizer, prompt, num_tokens, **settings):
         "at least one character": [("ids[None], num_tokens", "ids[None], max(num_tokens, 1)")],
         "never more than a block": [("ids[None], num_tokens", "ids[None], min(num_tokens, model.config.block_size)")],
         "a stream of its own for each character": WRITE + '''
+    import torch
     for _ in range(num_tokens):
         token, routings = next(stream(model, ids[None], 1, **settings))
         ids = torch.cat([ids, token])
         yield tokenizer.decode(token.tolist()), routings[-1].gates[0, -1].argmax().item()
 ''',
         "the whole window read again for the experts": WRITE + '''
+    import torch
     for token, _ in stream(model, ids[None], num_tokens, **settings):
         gates = model(ids[None, -model.config.block_size:]).routings[-1].gates
         ids = torch.cat([ids, token])
@@ -124,6 +126,7 @@ def write(model, tokenizer, prompt, num_tokens, **settings):
         "left in evaluation mode": [("    for token", "    model.eval()\n    for token")],
         "left in training mode": [("    for token", "    model.eval()\n    for token"), (WHO, WHO + "\n    model.train()")],
         "never in evaluation mode": WRITE + '''
+    import torch
     settings = {"temperature": 1.0, "top_k": None, "top_p": None, "seed": None} | settings
     seed = settings.pop("seed")
     generator = None if seed is None else torch.Generator().manual_seed(seed)
