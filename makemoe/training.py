@@ -32,11 +32,12 @@ from .model import MoEConfig, SparseMoELanguageModel
 # %% ../notebooks/11_training.ipynb #training-estimate-loss
 @torch.no_grad()
 def estimate_loss(model, ids, batch_size=32, blocks=None):
-    """Mean loss of the stream `ids` (N,), in nats per token, and how many tokens each expert carried.
+    """Mean `lm_loss` of the stream `ids` (N,), nats per token, and how many tokens each expert carried.
 
-    Returns (loss, load), `load` being a list of L layers of E counts. Of the `fit` whole blocks,
-    `blocks` are read, number i * fit // blocks, or all by default. Always the same ones, in evaluation
-    mode, without random numbers; then the mode is put back. Raises ValueError if not even one block fits.
+    Returns (loss, load), a float and a list of L layers of E counts. Of the `fit` whole blocks, `blocks`
+    are read, number i * fit // blocks, or all by default. Always the same ones, at most `batch_size` at
+    a time, in evaluation mode, without gradients and random numbers; then the mode is put back, whatever
+    happens. Raises ValueError if not even one block fits.
     """
     T, device = model.config.block_size, next(model.parameters()).device
     fit = (len(ids) - 1) // T
@@ -187,10 +188,12 @@ def train(model, train_ids, val_ids, config=TrainConfig(), on_eval=None, state=N
 
     Batches come from `get_batch` with `state.order`. At step 0, every `eval_every` steps and at the end
     a record is made, a dict: step, seconds since the start, tokens_per_second of the steps since the
-    last one, train_loss, val_loss; load, the tokens that each expert carried in the held-out text
-    (L layers of E counts), and its imbalance (L); dropped, the share of choices in the last batch that
-    were not carried out (L). `on_eval(record)` is called with each. Returns the list of all; the model
-    is then in evaluation mode. Raises FloatingPointError at a loss that is not finite.
+    last one, without what is done in between, by `time.perf_counter`; train_loss, val_loss; load, the
+    tokens that each expert carried in the held-out text (L layers of E counts), and its imbalance (L);
+    dropped, the share of choices in the last batch that were not carried out (L). `on_eval(record)` is
+    called with each, at once. In a terminal one line of `tqdm` shows steps, last loss and record.
+    Returns the list of all records; the model is then in evaluation mode. Raises FloatingPointError,
+    with the step, at the first loss that is not finite, and makes no record of it.
 
     `state`, the `TrainingState` of this model and config, says where to go on; by default at the start.
     """
