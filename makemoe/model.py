@@ -50,6 +50,7 @@ class MoEConfig:
     bias: bool = False  # biases in experts and in the output of attention
     dropout: float = 0.0  # for small texts read many times
     experts: Literal["grouped", "loop"] = "grouped"  # the same numbers; the loop is there to be read
+    routed_scaling_factor: float = 1.0  # of a mixture's answer: top_k makes a sum of its mean
     capacity_factor: float | None = None  # seats in training, in fair shares; None: as many as needed
     eval_capacity_factor: float = 4.0  # the same in evaluation; num_experts / top_k drops nobody
     priority: Literal["position", "choice", "probability"] = "position"  # who is seated first; only position is causal
@@ -78,7 +79,7 @@ class MoEConfig:
                              f"n_embd / n_head = {self.n_embd // self.n_head}: choose an even number")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}, but must be at least 0 and below 1")
-        for name in "capacity_factor", "eval_capacity_factor":
+        for name in "routed_scaling_factor", "capacity_factor", "eval_capacity_factor":
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be above 0")
         for name in "balance_coef", "importance_coef", "z_coef":
@@ -88,7 +89,7 @@ class MoEConfig:
     @classmethod
     def laptop(cls, **changes):
         "Learns to write in less than four minutes on two CPU cores."
-        return cls(**changes)
+        return cls(**(dict(routed_scaling_factor=2.0) | changes))
 
     @classmethod
     def gpu(cls, **changes):
@@ -108,6 +109,7 @@ class Block(nn.Module):
     """Communication, then computation: attention and a mixture, each behind a norm and beside a residual.
 
     x (B, T, n_embd) -> (x of the same shape, the `Routing` of its tokens). A `KVCache` goes to attention.
+    What the mixture says counts `scale` times.
     """
 
     def __init__(self, config):
@@ -121,12 +123,12 @@ class Block(nn.Module):
         experts = EXPERTS[c.experts](c.num_experts, c.n_embd, c.n_hidden, c.activation, c.bias, c.dropout)
         if c.experts == "grouped":
             experts.top_k = c.top_k  # lets a GPU compute without waiting for the loads
-        self.moe = SparseMoE(router, experts)
+        self.moe, self.scale = SparseMoE(router, experts), c.routed_scaling_factor
 
     def forward(self, x, cache=None):
         x = x + self.attention(self.norm1(x), cache)  # (B, T, C)
         y, routing = self.moe(self.norm2(x))
-        return x + y, routing
+        return x + self.scale * y, routing
 
 
 # %% ../notebooks/10_model.ipynb #output

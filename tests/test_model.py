@@ -347,11 +347,33 @@ def test_shared_parameters_count_once_and_frozen_ones_like_others():
     assert count_parameters(model) == (total - 13 * 16, active - 13 * 16)
 
 
+# -- the factor on the mixture's answer
+
+
+def test_the_factor_multiplies_what_the_mixture_says_and_nothing_else():
+    quiet, loud = random_model(n_layer=1), random_model(n_layer=1, routed_scaling_factor=2.5)  # the same weights
+    x = torch.randn(2, 5, 16)
+    stream = x + quiet.blocks[0].attention(quiet.blocks[0].norm1(x))
+    (y, routing), (z, same) = quiet.blocks[0](x), loud.blocks[0](x)
+    torch.testing.assert_close(z - stream, 2.5 * (y - stream))
+    torch.testing.assert_close(same.gates, routing.gates)
+
+
+def test_with_the_factor_k_two_experts_with_equal_gates_are_one_wide_layer():
+    model = random_model(n_layer=1, num_experts=2, top_k=2, routed_scaling_factor=2.0)
+    block, x = model.blocks[0], torch.randn(3, 4, 16)
+    nn.init.zeros_(block.moe.router.linear.weight)
+    nn.init.zeros_(block.moe.router.linear.bias)
+    stream = x + block.attention(block.norm1(x))
+    answers = [expert(block.norm2(stream)) for expert in block.moe.experts.to_loop()]
+    torch.testing.assert_close(block(x)[0], stream + sum(answers))
+
+
 # -- config
 
 
 def test_presets():
-    assert MoEConfig.laptop() == MoEConfig()
+    assert MoEConfig.laptop() == MoEConfig(routed_scaling_factor=2.0)
     blog = asdict(MoEConfig.blog())
     sizes = dict(vocab_size=65, block_size=32, n_embd=128, n_head=8, n_layer=8, num_experts=8, top_k=2, n_hidden=512)
     choices = dict(router="noisy", positions="learned", norm="layer", activation="relu", bias=True, dropout=0.1)
@@ -473,6 +495,7 @@ def test_rows_do_not_disturb_each_other_even_with_capacity(router, priority):
 
 @pytest.mark.parametrize("wrong", [
     dict(experts="many"), dict(priority="chance"), dict(balance_coef=-0.1), dict(z_coef=float("nan")), dict(capacity_factor=0.0),
+    dict(routed_scaling_factor=0.0),
 ])
 def test_nonsense_in_the_new_fields_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -2,7 +2,7 @@
 
 ATTEND = "x = x + self.attention(self.norm1(x), cache)  # (B, T, C)"
 THINK = "y, routing = self.moe(self.norm2(x))"
-RETURN = "return x + y, routing"
+RETURN = "return x + self.scale * y, routing"
 
 SCALED = "nn.init.normal_(weight, std=0.02 / math.sqrt(2 * self.config.n_layer) if writes else 0.02)"
 WRITERS = '("proj.weight", "down", "down.weight")'
@@ -49,9 +49,9 @@ ANSWERS = {
     "model-block": {
         "right: the two steps in a loop": [
             (f"{ATTEND}\n        {THINK}\n        {RETURN}", '''steps = [(self.norm1, lambda h: (self.attention(h, cache), None)), (self.norm2, self.moe)]
-        for norm, step in steps:
+        for (norm, step), loudness in zip(steps, (1, self.scale)):
             written, routing = step(norm(x))
-            x = torch.add(x, written)
+            x = torch.add(x, written, alpha=loudness)
         return x, routing'''),
         ],
         "right: router and experts called one by one": [
@@ -62,45 +62,49 @@ ANSWERS = {
         "right: what was written is added at the end": [
             (f"{ATTEND}\n        {THINK}\n        {RETURN}", '''first = self.attention(self.norm1(x), cache=cache)
         second, routing = self.moe(self.norm2(first + x))
-        return x + first + second, routing'''),
+        return x + first + second * self.scale, routing'''),
         ],
         "norm on the stream, as in 2017": [
             (ATTEND, "x = self.norm1(x + self.attention(x, cache))"),
-            (f"{THINK}\n        {RETURN}", "y, routing = self.moe(x)\n        return self.norm2(x + y), routing"),
+            (f"{THINK}\n        {RETURN}", "y, routing = self.moe(x)\n        return self.norm2(x + self.scale * y), routing"),
         ],
         "stream replaced by its norm": [(ATTEND, "x = self.norm1(x)\n        x = x + self.attention(x, cache)")],
         "experts add to what they heard, not to the stream": [
-            (f"{THINK}\n        {RETURN}", "x = self.norm2(x)\n        y, routing = self.moe(x)\n        return x + y, routing"),
+            (f"{THINK}\n        {RETURN}", "x = self.norm2(x)\n        y, routing = self.moe(x)\n        return x + self.scale * y, routing"),
         ],
         "attention without residual": [(ATTEND, "x = self.attention(self.norm1(x), cache)")],
-        "experts without residual": [(RETURN, "return y, routing")],
-        "residual twice": [(RETURN, "return x + x + y, routing")],
-        "residual from before attention": [(ATTEND, "start = x\n        " + ATTEND), (RETURN, "return start + y, routing")],
+        "experts without residual": [(RETURN, "return self.scale * y, routing")],
+        "residual twice": [(RETURN, "return x + x + self.scale * y, routing")],
+        "residual from before attention": [(ATTEND, "start = x\n        " + ATTEND), (RETURN, "return start + self.scale * y, routing")],
         "no norm before attention": [("self.attention(self.norm1(x), cache)", "self.attention(x, cache)")],
         "no norm before the experts": [("self.moe(self.norm2(x))", "self.moe(x)")],
         "norm after the readers": [
             ("self.attention(self.norm1(x), cache)", "self.norm1(self.attention(x, cache))"),
-            (f"{THINK}\n        {RETURN}", "y, routing = self.moe(x)\n        return x + self.norm2(y), routing"),
+            (f"{THINK}\n        {RETURN}", "y, routing = self.moe(x)\n        return x + self.scale * self.norm2(y), routing"),
         ],
         "the first norm twice": [("self.moe(self.norm2(x))", "self.moe(self.norm1(x))")],
         "norms exchanged": [("self.norm1(x), cache", "self.norm2(x), cache"), ("self.moe(self.norm2(x))", "self.moe(self.norm1(x))")],
         "both read the same, side by side": [(f"{ATTEND}\n        {THINK}", f"{THINK}\n        {ATTEND}")],
         "experts before attention": [
             (f"{ATTEND}\n        {THINK}\n        {RETURN}", '''y, routing = self.moe(self.norm2(x))
-        x = x + y
+        x = x + self.scale * y
         return x + self.attention(self.norm1(x), cache), routing'''),
         ],
         "cache forgotten": [("self.norm1(x), cache)", "self.norm1(x))")],
         "a cache of its own": [("self.norm1(x), cache)", "self.norm1(x), KVCache())")],
-        "routing forgotten": [(RETURN, "return x + y")],
-        "gates instead of the routing": [(RETURN, "return x + y, routing.gates")],
-        "router asked again, about the stream": [(RETURN, "return x + y, self.moe.router(x)")],
-        "router asked again: another draw of the noise": [(RETURN, "return x + y, self.moe.router(self.norm2(x))")],
+        "routing forgotten": [(RETURN, "return x + self.scale * y")],
+        "gates instead of the routing": [(RETURN, "return x + self.scale * y, routing.gates")],
+        "router asked again, about the stream": [(RETURN, "return x + self.scale * y, self.moe.router(x)")],
+        "router asked again: another draw of the noise": [(RETURN, "return x + self.scale * y, self.moe.router(self.norm2(x))")],
         "x += writes into the caller's stream": [(ATTEND, "x += self.attention(self.norm1(x), cache)")],
-        "routing and stream exchanged": [(RETURN, "return routing, x + y")],
+        "routing and stream exchanged": [(RETURN, "return routing, x + self.scale * y")],
         "routing detached: no loss reaches the router": [
-            (RETURN, "return x + y, type(routing)(*(field.detach() for field in vars(routing).values()))"),
+            (RETURN, "return x + self.scale * y, type(routing)(*(field.detach() for field in vars(routing).values()))"),
         ],
+        "the factor forgotten": [(RETURN, "return x + y, routing")],
+        "the factor on the stream, too": [(RETURN, "return self.scale * (x + y), routing")],
+        "the factor on attention, too": [("x = x + self.attention(self.norm1(x), cache)", "x = x + self.scale * self.attention(self.norm1(x), cache)")],
+        "the factor on what the mixture hears: a norm has forgotten it": [(f"{THINK}\n        {RETURN}", "y, routing = self.moe(self.norm2(self.scale * x))\n        return x + y, routing")],
         "stream detached": [("x = x + self.attention", "x = x.detach() + self.attention")],
     },
     "model-language-model": {
