@@ -57,7 +57,7 @@ def verdicts(request, tmp_path_factory):
     forks = "forkserver" in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if forks else "spawn")
     if forks:
-        context.set_forkserver_preload(["torch", "matplotlib.pyplot", "pytest", "hypothesis", "tyro", "safetensors.torch", "answers"])
+        context.set_forkserver_preload(["torch", "torch._dynamo", "matplotlib.pyplot", "pytest", "hypothesis", "tyro", "safetensors.torch", "answers"])
     wanted = [item.callspec.params for item in request.session.items if item.function is test_the_tests_of_the_module]
     with ProcessPoolExecutor(2, mp_context=context, max_tasks_per_child=1) as pool:
         futures = {}
