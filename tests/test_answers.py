@@ -31,6 +31,11 @@ in_modules = [(module, solution, name) for module, solution, name in ALL if (mod
               and (os.environ.get("MAKEMOE_BANK") == "all" or name in in_short(module, solution))]
 
 
+def test_every_lesson_has_a_bank():
+    notebooks = (Path(__file__).parent.parent / "notebooks").glob("[0-8]*.ipynb")  # 90 is for teachers
+    assert BANK == sorted(path.stem.partition("_")[2] for path in notebooks)
+
+
 @pytest.mark.parametrize("module", BANK)
 def test_every_exercise_has_wrong_answers(module):
     solutions = {cell["id"] for cell in lesson(module)[1] if cell["kind"] == "solution"}
