@@ -36,8 +36,8 @@ def estimate_loss(model, ids, batch_size=32, blocks=None):
 
     Returns (loss, load), a float and a list of L layers of E counts. Of the `fit` whole blocks, `blocks`
     are read, number i * fit // blocks, or all by default. Always the same ones, at most `batch_size` at
-    a time, in evaluation mode, without gradients and random numbers; then the mode is put back, whatever
-    happens. Raises ValueError if not even one block fits.
+    a time, in evaluation mode, without gradients and random numbers; then the model is as it was, its
+    mode too, whatever happens. Raises ValueError if not even one block fits.
     """
     T, device = model.config.block_size, next(model.parameters()).device
     fit = (len(ids) - 1) // T
