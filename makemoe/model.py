@@ -89,7 +89,7 @@ class MoEConfig:
     @classmethod
     def laptop(cls, **changes):
         "Learns to write in less than four minutes on two CPU cores."
-        return cls(**(dict(routed_scaling_factor=2.0) | changes))
+        return cls(**(dict(routed_scaling_factor=2.0, balance_coef=0.02) | changes))
 
     @classmethod
     def gpu(cls, **changes):

@@ -373,7 +373,7 @@ def test_with_the_factor_k_two_experts_with_equal_gates_are_one_wide_layer():
 
 
 def test_presets():
-    assert MoEConfig.laptop() == MoEConfig(routed_scaling_factor=2.0)
+    assert MoEConfig.laptop() == MoEConfig(routed_scaling_factor=2.0, balance_coef=0.02)
     blog = asdict(MoEConfig.blog())
     sizes = dict(vocab_size=65, block_size=32, n_embd=128, n_head=8, n_layer=8, num_experts=8, top_k=2, n_hidden=512)
     choices = dict(router="noisy", positions="learned", norm="layer", activation="relu", bias=True, dropout=0.1)
