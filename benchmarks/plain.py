@@ -1,9 +1,9 @@
 """The algorithm of the makeMoE article (Sori 2024), written plainly: what we measure ourselves against.
 
-One head after another, one expert after another behind a mask, and AdamW as `torch.optim.AdamW(parameters, lr)` gives it.
-Three things are as in the article though we would do them differently: attention is scaled by the width of the model and not
-of the head, noise is added to the scores of the router in evaluation too, and matrices that write into the residual stream
-start as large as any other.
+One head after another, one expert after another behind a mask, and AdamW as it comes.
+Three things are as in the article though we would do them differently: attention is scaled by the width of the model
+and not of the head, noise is added to the scores of the router in evaluation too, and matrices that write into the
+residual stream start as large as any other.
 """
 
 import torch

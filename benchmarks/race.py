@@ -1,12 +1,13 @@
 """Who learns faster? Losses over steps and over seconds.
 
-    python -m benchmarks.race article [--short] [--device cuda]    time to the article's last loss, against its algorithm
-    python -m benchmarks.race twins [--short] [--device cuda]      mixture, with capacity, and two dense twins; three seeds
-    python -m benchmarks.race gpu                                  the gpu preset against nanoGPT's loss (needs a CUDA device)
+    python -m benchmarks.race article [--short] [--device cuda]   time to the article's last loss, against its algorithm
+    python -m benchmarks.race twins [--short] [--device cuda]     mixture, with capacity, and two dense twins
+    python -m benchmarks.race gpu                                 the gpu preset against nanoGPT's loss, on a GPU
 
-Each writes a file NAME-DEVICE.json to --out after every run, and a later call goes on from there. The losses of a run depend on
-its seed and not on the clock, so they may be collected on a busy machine. Seconds per step are measured apart, first, in short
-turns of all contenders, and are what "at equal seconds" rests on: run that part on an idle machine.
+Each writes a file NAME-DEVICE.json to --out after every run, and a later call goes on from there. The losses of a run
+depend on its seed and not on the clock, so they may be collected on a busy machine. Seconds per step are measured
+apart, first, in short turns of all contenders, and all that is said about seconds rests on them: run that part on an
+idle machine.
 """
 
 import time
@@ -49,7 +50,8 @@ class DenseMLP(nn.Module):
 
 def dense_twin(config, width):
     "The model of `config` with an MLP of `width` hidden channels where the mixtures were. No router, no balance loss."
-    config = replace(config, num_experts=1, top_k=1, n_hidden=width, routed_scaling_factor=1.0, capacity_factor=None, balance_coef=0.0)
+    config = replace(config, num_experts=1, top_k=1, n_hidden=width, routed_scaling_factor=1.0, capacity_factor=None,
+                     balance_coef=0.0)
     model = SparseMoELanguageModel(config)
     for block in model.blocks:
         block.moe = DenseMLP(config.n_embd, width, config.activation, config.bias, config.dropout)
@@ -81,19 +83,17 @@ def train_plain(model, train_ids, val_ids, config, on_eval):
     device = model.lm_head.weight.device
     generator = torch.Generator().manual_seed(config.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr)
-    history, seconds = [], 0.0
+    history = []
     for step in range(config.steps + 1):
         if step % config.eval_every == 0 or step == config.steps:
             with autocast(device.type):
                 val_loss, _ = estimate_loss(Judged(model), val_ids, 64, config.eval_blocks)
-            history.append(dict(step=step, seconds=seconds, val_loss=val_loss))
+            history.append(dict(step=step, val_loss=val_loss))
             on_eval(history[-1])
         if step < config.steps:
             model.train()
-            start = time.perf_counter()
             with autocast(device.type):
-                plain_step(model, optimizer, train_ids, config.batch_size, generator).item()
-            seconds += time.perf_counter() - start  # of training alone
+                plain_step(model, optimizer, train_ids, config.batch_size, generator)
     model.eval()
     return history
 
@@ -101,7 +101,7 @@ def train_plain(model, train_ids, val_ids, config, on_eval):
 # what all races share
 
 def open_results(path, settings, device, short=False):
-    "The results so far, or new ones, as always in a short race. Raises ValueError if they were made with other settings."
+    "The results so far; in a short race always new ones. Raises ValueError if they were made with other settings."
     results = not short and load(path) or dict(machine=machine(device), settings=settings, runs=[])
     if results["settings"] != settings:
         raise ValueError(f"{path} was made with other settings: move it away, or give another --out")
@@ -123,7 +123,8 @@ def say(name):
 
 def kept(history):
     "Of the records of `train`, what a race is about."
-    return [{key: record[key] for key in ("step", "seconds", "train_loss", "val_loss") if key in record} for record in history]
+    keys = "step", "seconds", "train_loss", "val_loss"
+    return [{key: record[key] for key in keys if key in record} for record in history]
 
 
 # article: time to a loss
@@ -170,18 +171,13 @@ def article(out: Path = Path("runs/bench"), device: str = "cpu", short: bool = F
             continue
         contender = build(name, seed)
         if name == "ours":
-            history = train(contender, train_ids, val_ids, replace(recipe, seed=seed), on_eval=say(f"ours, seed {seed}"))
+            tell = say(f"ours, seed {seed}")
+            history = train(contender, train_ids, val_ids, replace(recipe, seed=seed), on_eval=tell)
         else:
             history = train_plain(contender, train_ids, val_ids, blog, on_eval=say("plain"))
         reached = next((record["step"] for record in history if record["val_loss"] <= target), None)
-        run = dict(name=name, seed=seed, reached=reached, history=kept(history))
-        if name == "ours":  # the same training once more without looking, for the clock: `train` does not stop it to evaluate
-            again, start = build(name, seed), time.perf_counter()
-            train(again, train_ids, val_ids, replace(recipe, seed=seed, eval_every=recipe.steps, eval_blocks=1))
-            run |= dict(seconds=time.perf_counter() - start, final=estimate_loss(again, val_ids, blocks=recipe.eval_blocks)[0])
-        else:
-            run |= dict(seconds=history[-1]["seconds"], final=history[-1]["val_loss"])
-        results["runs"].append(run)
+        results["runs"].append(dict(name=name, seed=seed, reached=reached, final=history[-1]["val_loss"],
+                                    history=kept(history)))
         save(path, results)
 
 
@@ -192,7 +188,8 @@ def twins(out: Path = Path("runs/bench"), device: str = "cpu", short: bool = Fal
           recipe: TrainConfig = TrainConfig.laptop(eval_blocks=512)):
     """A mixture against itself with capacity and against dense twins, at equal steps and at equal seconds.
 
-    At equal seconds a contender makes as many steps as it can in the time of the mixture, its learning rate falling to the last.
+    At equal seconds a contender makes as many steps as fit into the time of the mixture; its learning rate falls to the
+    last of them.
 
     Args:
         out: folder for the results.
@@ -207,7 +204,8 @@ def twins(out: Path = Path("runs/bench"), device: str = "cpu", short: bool = Fal
     model = replace(model, vocab_size=vocab_size)
     names = list(TWINS)
     if short:
-        seeds, names, recipe = seeds[:1], ["mixture", "dense, same active size"], replace(recipe, steps=150, eval_every=25, eval_blocks=128)
+        seeds, names = seeds[:1], ["mixture", "dense, same active size"]
+        recipe = replace(recipe, steps=150, eval_every=25, eval_blocks=128)
     settings = dict(text=text, model=asdict(model), recipe=asdict(recipe))
     path = out / f"twins{'-short' * short}-{device}.json"
     results = open_results(path, settings, device, short)
@@ -225,8 +223,8 @@ def twins(out: Path = Path("runs/bench"), device: str = "cpu", short: bool = Fal
             del alone
         steps = {name: TrainingStep(build(name, recipe.seed), train_ids, recipe.batch_size, device) for name in names}
         found = compare(alternate(steps, 10 if short else 30, device=device), "mixture")
-        results["step"] = {name: dict(parameters=sizes[name][0], active=sizes[name][1], memory=memory[name], **found[name])
-                           for name in names}
+        results["step"] = {name: dict(parameters=sizes[name][0], active=sizes[name][1], memory=memory[name],
+                                      **found[name]) for name in names}
         save(path, results)
     done = {(run["name"], run["seed"], run["equal"]) for run in results["runs"]}
     for seed in seeds:
@@ -237,11 +235,12 @@ def twins(out: Path = Path("runs/bench"), device: str = "cpu", short: bool = Fal
                     continue
                 contender, start = build(name, seed), time.perf_counter()
                 config = replace(recipe, seed=seed, steps=steps)
-                history = train(contender, train_ids, val_ids, config, on_eval=say(f"{name}, seed {seed}, equal {equal}"))
+                tell = say(f"{name}, seed {seed}, equal {equal}")
+                history = train(contender, train_ids, val_ids, config, on_eval=tell)
                 seconds = time.perf_counter() - start  # evaluations included
                 final = history[-1]["val_loss"] if short else estimate_loss(contender, val_ids)[0]
-                results["runs"].append(dict(name=name, seed=seed, equal=equal, steps=steps, final=final, seconds=seconds,
-                                            history=kept(history)))
+                results["runs"].append(dict(name=name, seed=seed, equal=equal, steps=steps, final=final,
+                                            seconds=seconds, history=kept(history)))
                 save(path, results)
 
 
@@ -270,8 +269,8 @@ def gpu(out: Path = Path("runs/bench"), device: str = "cuda", model: MoEConfig =
     history = train(contender, train_ids, val_ids, recipe, on_eval=say("gpu preset"))
     reached = next((record for record in history if record["val_loss"] < NANOGPT_LOSS), None)
     best = min(history, key=lambda record: record["val_loss"])
-    results["runs"].append(dict(parameters=total, active=active, reached=reached and kept([reached])[0], best=kept([best])[0],
-                                seconds=history[-1]["seconds"], history=kept(history)))
+    results["runs"].append(dict(parameters=total, active=active, reached=reached and kept([reached])[0],
+                                best=kept([best])[0], seconds=history[-1]["seconds"], history=kept(history)))
     save(path, results)
 
 

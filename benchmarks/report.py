@@ -36,7 +36,8 @@ def megabytes(size):
     return f"{size / 2**20:,.0f}"
 
 
-# One function per section: rows or results -> (title, lines of Markdown, goals), where a goal is (what, found, to reach, reached).
+# One function per section: rows or results -> (title, lines of Markdown, goals).
+# A goal is (what, found, to reach, reached).
 
 def step_section(rows):
     lines = table(["", "ms a step", "times ours"], [[r["name"], spread(r["ms"]), spread(r["ratio"], 2)] for r in rows])
@@ -49,39 +50,49 @@ def step_section(rows):
 
 
 def layer_section(rows):
+    def cells(r):
+        if "ms" not in r:
+            return [r["name"], r["case"], "", "", "", "", r["note"]]
+        return [r["name"], r["case"], spread(r["ms"]), spread(r["ratio"], 2), f"{r['multiplications']:,}",
+                f"{r['carried']:.0%}", r["note"]]
+
     lines = table(["", "tokens", "ms", "times ours", "multiplications per token", "choices carried out", ""],
-                  [[r["name"], r["case"], spread(r["ms"]), spread(r["ratio"], 2), f"{r['multiplications']:,}", f"{r['carried']:.0%}",
-                    r["note"]] if "ms" in r else [r["name"], r["case"], "", "", "", "", r["note"]] for r in rows])
-    lines += ["", "Ours has two matrices an expert and squared ReLU; the peers have three, narrower ones and a gate (SwiGLU, GEGLU). "
-                  "All route by the same matrix. For st-moe-pytorch the multiplications of its einsums, which carry tokens to seats and "
-                  "back, are counted, too."]
+                  [cells(r) for r in rows])
+    lines += ["", "Ours has two matrices an expert and squared ReLU; the peers have three, narrower ones and a gate "
+                  "(SwiGLU, GEGLU). All route by the same matrix. For st-moe-pytorch the multiplications of its "
+                  "einsums, which carry tokens to seats and back, are counted, too."]
     goals = []
     for case in dict.fromkeys(r["case"] for r in rows):
         peers = [r for r in rows if r["case"] == case and "ms" in r and r["name"] != "ours"]
         if peers:
             best = min(peers, key=lambda r: r["ratio"][1])
-            goals.append((f"one mixture, {case}, against the fastest peer: {best['name']}, which carries out {best['carried']:.0%} of the "
-                          "choices", f"{best['ratio'][1]:.2f} times as fast", "more than 1", best["ratio"][1] > 1))
+            goals.append((f"one mixture, {case}, against the fastest peer: {best['name']}, which carries out "
+                          f"{best['carried']:.0%} of the choices", f"{best['ratio'][1]:.2f} times as fast",
+                          "more than 1", best["ratio"][1] > 1))
     return "One mixture, forward and backward, 8 experts, 2 per token", lines, goals
 
 
 def generation_section(rows):
     lines = table(["", "", "tokens per second", "ms per character", "times ours"],
-                  [[r["case"], r["name"], f"{r['tokens_per_second']:,.0f}", spread(r["ms"]), spread(r["ratio"], 2)] for r in rows])
-    lines += ["", "Both run the same model in the long run. With the cache, the newer half of a full block is read again: a character "
-                  "sees 128 to 256 others. Running again, it always sees 256."]
-    goals = [(f"generation, {r['case']}, against running again", f"{r['ratio'][1]:.1f} times as fast", "at least 10", r["ratio"][1] >= 10)
-             for r in rows if r["name"] != "ours" and r["case"].endswith("batch 1")]
+                  [[r["case"], r["name"], f"{r['tokens_per_second']:,.0f}", spread(r["ms"]), spread(r["ratio"], 2)]
+                   for r in rows])
+    lines += ["", "Both run the same model in the long run. With the cache, the newer half of a full block is read "
+                  "again: a character sees 128 to 256 others. Running again, it always sees 256."]
+    goals = [(f"generation, {r['case']}, against running again", f"{r['ratio'][1]:.1f} times as fast", "at least 10",
+              r["ratio"][1] >= 10) for r in rows if r["name"] != "ours" and r["case"].endswith("batch 1")]
     return "Generation with a full context", lines, goals
 
 
 def expert_section(rows):
+    def memory(r):
+        return [megabytes(r["memory"]), f"{r['memory_ratio']:.2f}"] if "memory" in r else ["", ""]
+
     lines = table(["", "", "ms", "times 8 experts", "parameters", "peak memory, MB", "times"],
                   [[r["case"], r["name"], spread(r["ms"]), spread(r["ratio"], 2), f"{r['parameters']:,}",
-                    megabytes(r["memory"]) if "memory" in r else "", f"{r['memory_ratio']:.2f}" if "memory" in r else ""] for r in rows])
+                    *memory(r)] for r in rows])
     lines += ["", "Peak memory holds weights, gradients, AdamW's moments and activations."]
-    goals = [(f"64 experts against 8, {r['case']}", f"{r['ratio'][1]:.2f} times as long", "at most 1.25", r["ratio"][1] <= 1.25)
-             for r in rows if r["experts"] == 64 and not r["name"].endswith("loop")]
+    goals = [(f"64 experts against 8, {r['case']}", f"{r['ratio'][1]:.2f} times as long", "at most 1.25",
+              r["ratio"][1] <= 1.25) for r in rows if r["experts"] == 64 and not r["name"].endswith("loop")]
     return "A step of training as experts grow, 2 per token", lines, goals
 
 
@@ -93,23 +104,23 @@ def article_section(results):
         steps = last if run["reached"] is None else run["reached"]
         seconds[name].append(steps * step[name]["ms"][1] / 1e3)
         missed |= name == "ours" and run["reached"] is None
-        rows.append([{"ours": "ours", "plain": "the article's algorithm, plainly"}[name], run["seed"], spread(step[name]["ms"]),
-                     "not reached" if run["reached"] is None else f"{run['reached']:,}", f"{seconds[name][-1]:,.0f}", f"{run['final']:.4f}",
-                     f"{last:,}", f"{run['seconds']:,.0f}"])
-    lines = table(["", "seed", "ms a step", "step that reached it", "seconds till then", "loss at the end", "after steps",
-                   "in seconds by the clock"], rows)
+        rows.append([{"ours": "ours", "plain": "the article's algorithm, plainly"}[name], run["seed"],
+                     spread(step[name]["ms"]), "not reached" if run["reached"] is None else f"{run['reached']:,}",
+                     f"{seconds[name][-1]:,.0f}", f"{run['final']:.4f}", f"{last:,}"])
+    lines = table(["", "seed", "ms a step", "step that reached it", "seconds till then", "loss at the end",
+                   "after steps"], rows)
     T, per_step = settings["model"]["block_size"], settings["recipe"]["batch_size"]
-    lines += ["", f"Seconds are steps times the median of both, measured in turns; where the loss was not reached, of all steps. Both are "
-                  f"judged on the same {settings['recipe']['eval_blocks'] * T:,} characters of the held-out tenth. Ours reads {T} characters "
-                  f"at a time and {per_step * T:,} a step, the article's 32 and 512: that is part of the recipe. As in the article, its "
-                  "router is noisy in evaluation, too."]
+    lines += ["", "Seconds are steps times the median of both, measured in turns; where the loss was not reached, of "
+                  f"all steps. Both are judged on the same {settings['recipe']['eval_blocks'] * T:,} characters of the "
+                  f"held-out tenth. Ours reads {T} characters at a time and {per_step * T:,} a step, the article's 32 "
+                  "and 512: that is part of the recipe. As in the article, its router is noisy in evaluation, too."]
     goals = []
     if all(seconds.values()) and seconds["plain"][0]:
         share = max(seconds["ours"]) / seconds["plain"][0]
         short = settings["target"] != 1.7508
-        goals = [(f"time to a validation loss of {settings['target']} on tiny Shakespeare, our slowest seed against the plain algorithm",
-                  f"{share:.3f} of its time" + " (not every seed got there)" * missed, "at most 0.1 to 1.7508", None if short else
-                  share <= 0.1 and not missed)]
+        goals = [(f"time to a validation loss of {settings['target']} on tiny Shakespeare, our slowest seed against "
+                  "the plain algorithm", f"{share:.3f} of its time" + " (not every seed got there)" * missed,
+                  "at most 0.1 to 1.7508", None if short else share <= 0.1 and not missed)]
     return f"Time to a validation loss of {settings['target']} on tiny Shakespeare", lines, goals
 
 
@@ -120,31 +131,33 @@ def twin_section(results):
 
     steps = results["settings"]["recipe"]["steps"]
     rows = [[name, f"{facts['parameters']:,}", f"{facts['active']:,}", spread(facts["ms"]), f"{facts['ratio'][1]:.2f}",
-             megabytes(facts["memory"]), of_seeds([*finals(name, "steps").values()]), f"{round(steps / facts['ratio'][1]):,}",
-             of_seeds([*finals(name, "seconds").values()])]
+             megabytes(facts["memory"]), of_seeds([*finals(name, "steps").values()]),
+             f"{round(steps / facts['ratio'][1]):,}", of_seeds([*finals(name, "seconds").values()])]
             for name, facts in results["step"].items() if finals(name, "steps") and finals(name, "seconds")]
-    lines = table(["", "parameters", "active", "ms a step", "times mixture", "peak memory, MB", f"loss after {steps:,} steps",
-                   "steps in equal seconds", "loss at equal seconds"], rows)
-    lines += ["", "The same recipe for all; mean, and range of the seeds. At equal seconds everybody makes the steps that fit into the time "
-                  "of the mixture, and the learning rate falls to the last of them."]
+    lines = table(["", "parameters", "active", "ms a step", "times mixture", "peak memory, MB",
+                   f"loss after {steps:,} steps", "steps in equal seconds", "loss at equal seconds"], rows)
+    lines += ["", "The same recipe for all; mean, and range of the seeds. At equal seconds everybody makes the steps "
+                  "that fit into the time of the mixture, and the learning rate falls to the last of them."]
     goals = []
     for equal in "steps", "seconds":
         ours, twin = finals("mixture", equal), finals("dense, same active size", equal)
         behind = [twin[seed] - ours[seed] for seed in ours if seed in twin]
         if behind:
-            goals.append((f"the laptop mixture after {steps:,} steps against its dense twin of the same active size, at equal {equal}, "
-                          f"{len(behind)} seed{'s' * (len(behind) > 1)}", f"the twin's loss minus ours is {of_seeds(behind)}",
-                          "above 0 at equal seconds", min(behind) > 0 if equal == "seconds" and steps >= 1000 else None))
+            goals.append((f"the laptop mixture after {steps:,} steps against its dense twin of the same active size, "
+                          f"at equal {equal}, {len(behind)} seed{'s' * (len(behind) > 1)}",
+                          f"the twin's loss minus ours is {of_seeds(behind)}", "above 0 at equal seconds",
+                          min(behind) > 0 if equal == "seconds" and steps >= 1000 else None))
     return "The laptop mixture and its twins, validation loss", lines, goals
 
 
 def gpu_section(results):
     run = results["runs"][0]
     reached, target = run["reached"], results["settings"]["target"]
-    lines = table(["active of all parameters", "lowest validation loss", "at step", "of steps", "seconds, with evaluations",
-                   f"seconds till below {target}"],
-                  [[f"{run['active']:,} of {run['parameters']:,}", f"{run['best']['val_loss']:.4f}", f"{run['best']['step']:,}",
-                    f"{run['history'][-1]['step']:,}", f"{run['seconds']:,.0f}", f"{reached['seconds']:,.0f}" if reached else "never"]])
+    lines = table(["active of all parameters", "lowest validation loss", "at step", "of steps",
+                   "seconds, with evaluations", f"seconds till below {target}"],
+                  [[f"{run['active']:,} of {run['parameters']:,}", f"{run['best']['val_loss']:.4f}",
+                    f"{run['best']['step']:,}", f"{run['history'][-1]['step']:,}", f"{run['seconds']:,.0f}",
+                    f"{reached['seconds']:,.0f}" if reached else "never"]])
     goals = [("the gpu preset on tiny Shakespeare, lowest validation loss", f"{run['best']['val_loss']:.4f}",
               f"below {target}, nanoGPT's", bool(reached))]
     return "The gpu preset on tiny Shakespeare", lines, goals
@@ -180,10 +193,11 @@ def draw_speed(section, axes, rows):
     else:
         for case, colour in zip(dict.fromkeys(row["case"] for row in rows), (THIRD, OURS, OTHER)):
             mine = [row for row in rows if row["case"] == case and not row["name"].endswith("loop")]
-            axes.plot([row["experts"] for row in mine], [row["ratio"][1] for row in mine], "o-", color=colour, label=case)
+            experts, ratios = [row["experts"] for row in mine], [row["ratio"][1] for row in mine]
+            axes.plot(experts, ratios, "o-", color=colour, label=case)
             if "memory_ratio" in mine[0]:
-                axes.plot([row["experts"] for row in mine], [row["memory_ratio"] for row in mine], "o:", color=colour,
-                          label="... its peak memory")
+                ratios = [row["memory_ratio"] for row in mine]
+                axes.plot(experts, ratios, "o:", color=colour, label="... its peak memory")
         axes.axhline(1.25, color="black", lw=0.8, ls="--")
         axes.set(xscale="log", ylim=(0.8, None))
         axes.set_xticks([8, 16, 32, 64], ["8", "16", "32", "64"])
@@ -196,12 +210,13 @@ def draw_speed(section, axes, rows):
 def draw_losses(axes, results, names, title):
     "Held-out loss over seconds, without the first guess."
     for name, (label, colour) in names.items():
-        for i, run in enumerate(run for run in results["runs"] if run["name"] == name and run.get("equal", "seconds") != "steps" or
-                                run["name"] == name == "mixture"):
-            per_step = results["step"][name]["ms"][1] / 1e3
+        equal = "steps" if name == "mixture" else "seconds"  # the mixture is the measure of both
+        runs = [run for run in results["runs"] if run["name"] == name and run.get("equal", equal) == equal]
+        per_step = results["step"][name]["ms"][1] / 1e3
+        for i, run in enumerate(runs):
             shown = [record for record in run["history"] if record["step"]]
-            axes.plot([record["step"] * per_step for record in shown], [record["val_loss"] for record in shown], color=colour, lw=1.3,
-                      label=label if i == 0 else None)
+            axes.plot([record["step"] * per_step for record in shown], [record["val_loss"] for record in shown],
+                      color=colour, lw=1.3, label=None if i else label)
     axes.legend(fontsize=7, frameon=False)
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xlabel("seconds; held-out loss in nats", fontsize=8)
@@ -211,24 +226,26 @@ def draw(speed, article, twins):
     "A figure of all that is there."
     sections = dict.fromkeys(row["section"] for row in speed["rows"]) if speed else {}
     panels = list(sections) + ["e"] * bool(article) + ["f"] * bool(twins)
-    columns = min(3, len(panels))
-    figure, axes = plt.subplots(-(-len(panels) // columns), columns, figsize=(5.2 * columns, 3.8 * -(-len(panels) // columns)),
-                                squeeze=False, layout="constrained")
+    columns, lines = min(3, len(panels)), -(-len(panels) // 3)
+    figure, axes = plt.subplots(lines, columns, figsize=(5.2 * columns, 3.8 * lines), squeeze=False,
+                                layout="constrained")
     for axis in axes.flat[len(panels):]:
         axis.axis("off")
     for axis, panel in zip(axes.flat, panels):
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
         if panel == "e":
-            draw_losses(axis, article, {"ours": ("ours", OURS), "plain": ("the article's algorithm", OTHER)}, "e  time to a loss")
+            both = {"ours": ("ours", OURS), "plain": ("the article's algorithm", OTHER)}
+            draw_losses(axis, article, both, "e  time to a loss")
             axis.axhline(article["settings"]["target"], color="black", lw=0.8, ls="--")
             axis.set_xscale("log")
             for which in axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter:
                 which("{x:.0f}")
             axis.tick_params(which="minor", labelsize=7)
         elif panel == "f":
-            colours = dict(zip(twins["step"], (OURS, FOURTH, OTHER, THIRD) if len(twins["step"]) > 2 else (OURS, OTHER)))
-            draw_losses(axis, twins, {name: (name, colour) for name, colour in colours.items()}, "f  mixture and twins, equal seconds")
+            colours = (OURS, FOURTH, OTHER, THIRD) if len(twins["step"]) > 2 else (OURS, OTHER)
+            names = {name: (name, colour) for name, colour in zip(twins["step"], colours)}
+            draw_losses(axis, twins, names, "f  mixture and twins, equal seconds")
         else:
             draw_speed(panel, axis, [row for row in speed["rows"] if row["section"] == panel])
     return figure
@@ -248,9 +265,11 @@ def main(folder: Path = Path("runs/bench")):
         speed, gpu = results("speed"), results("gpu")
         article, twins = (results(name) or results(f"{name}-short") for name in ("article", "twins"))
         makers = {"a": step_section, "b": layer_section, "c": generation_section, "d": expert_section}
-        rows = {section: [row for row in speed["rows"] if row["section"] == section] if speed else [] for section in makers}
+        measured = speed["rows"] if speed else []
+        rows = {section: [row for row in measured if row["section"] == section] for section in makers}
         sections = {section: make(rows[section]) for section, make in makers.items() if rows[section]}
-        for section, found, make in ("e", article, article_section), ("f", twins, twin_section), ("g", gpu, gpu_section):
+        races = ("e", article, article_section), ("f", twins, twin_section), ("g", gpu, gpu_section)
+        for section, found, make in races:
             if found:
                 sections[section] = make(found)
         if not sections:

@@ -25,6 +25,7 @@ from makemoe.generation import next_token_probs, stream
 from makemoe.lab import seed_everything
 from makemoe.model import MoEConfig, SparseMoELanguageModel, count_parameters
 from makemoe.sparse_moe import Experts, SparseMoE
+from makemoe.training import TrainConfig
 
 
 # a: a training step
@@ -43,7 +44,7 @@ def plain_contender(config, ids, batch_size, device):
 
 def training_step(device, ids, rounds=30):
     config = MoEConfig.blog()
-    ours = TrainingStep(SparseMoELanguageModel(config), ids, 16, device)
+    ours = TrainingStep(SparseMoELanguageModel(config), ids, 16, device, clip=TrainConfig.blog().clip)
     contenders = {"ours": ours, "the article's algorithm, plainly": plain_contender(config, ids, 16, device)}
     found = compare(alternate(contenders, rounds, device=device), "ours")
     if device == "cuda":
@@ -109,9 +110,9 @@ NOTES = {
 def same_router(layer, weight):
     "Let `layer` route by the matrix `weight` (E, C), as all others do."
     gate = getattr(layer, "gate", None)
-    theirs = layer.router.linear.weight if gate is None else gate.to_gates.weight if hasattr(gate, "to_gates") else gate.weight
+    theirs = layer.router.linear if gate is None else getattr(gate, "to_gates", gate)
     with torch.no_grad():
-        theirs.copy_(weight)
+        theirs.weight.copy_(weight)
     return layer
 
 
@@ -129,7 +130,8 @@ def multiplications(name, layer, T, C, H, E, k):
     if not name.startswith("st-moe"):
         return C * E + k * 2 * C * H
     seats = max(min(T, int(T * layer.gate.capacity_factor_train / E)), 4)
-    return C * E + E * seats * 2 * C * H // T + 2 * E * seats * C  # the last is carrying rows to seats and back, by einsum
+    carrying = 2 * E * seats * C  # of rows to seats and back, by einsum
+    return C * E + E * seats * 2 * C * H // T + carrying
 
 
 class LayerStep:
@@ -169,14 +171,17 @@ def layer_rows(device, B, T, C=128, H=768, E=8, k=2, rounds=30, most_copied=2e9)
             absent[name] = f"not run: {type(error).__name__}: {str(error).splitlines()[0][:100]}"
             continue
         contenders[name] = step
-        facts[name] = dict(multiplications=multiplications(name, layer, T, C, H, E, k), carried=carried(name, layer, x, k))
+        facts[name] = dict(multiplications=multiplications(name, layer, T, C, H, E, k),
+                           carried=carried(name, layer, x, k))
     slow = contenders.pop("Mixtral, batched_mm", None)
     found = compare(alternate(contenders, rounds, device=device), "ours")
     if slow:  # by itself: it takes so long, and so much memory, that it would disturb the others
         pair = {"ours": contenders["ours"], "Mixtral, batched_mm": slow}
-        found["Mixtral, batched_mm"] = compare(alternate(pair, 5, warmup=1, device=device), "ours")["Mixtral, batched_mm"]
+        beside = compare(alternate(pair, 5, warmup=1, device=device), "ours")
+        found["Mixtral, batched_mm"] = beside["Mixtral, batched_mm"]
     case = f"{B} x {T} tokens"
-    rows = [dict(section="b", case=case, name=name, note=NOTES.get(name, ""), **facts[name], **found[name]) for name in found]
+    rows = [dict(section="b", case=case, name=name, note=NOTES.get(name, ""), **facts[name], **found[name])
+            for name in found]
     return rows + [dict(section="b", case=case, name=name, note=note) for name, note in absent.items()]
 
 
@@ -198,8 +203,8 @@ def rerun(model, ids):
 def generation(device, preset, batch_size, rounds=3):
     """Tokens per second in the long run, where the context is full.
 
-    One turn with the cache is what `stream` repeats then: read half a block again, and go on token by token until the block is
-    full. So it sees between half a block and a whole one, where running again always sees a whole one.
+    One turn with the cache is what `stream` repeats then: read half a block again, and go on token by token until the
+    block is full. So it sees between half a block and a whole one, where running again always sees a whole one.
     """
     config = getattr(MoEConfig, preset)(block_size=256)
     model = SparseMoELanguageModel(config).to(device).eval()
@@ -219,7 +224,8 @@ def generation(device, preset, batch_size, rounds=3):
                 rerun(model, ids)
 
     seconds = alternate({"ours": cached, "running again": uncached}, rounds, warmup=1, device=device)
-    per_token = {"ours": [s / turn for s in seconds["ours"]], "running again": [s / again for s in seconds["running again"]]}
+    tokens = {"ours": turn, "running again": again}
+    per_token = {name: [s / tokens[name] for s in each] for name, each in seconds.items()}
     found = compare(per_token, "ours")
     case = f"{preset} preset, 256 tokens of context, batch {batch_size}"
     return [dict(section="c", case=case, name=name, tokens_per_second=1e3 * batch_size / facts["ms"][1], **facts)
@@ -253,7 +259,8 @@ def expert_layers(device, experts=(8, 16, 32, 64), C=128, H=512, k=2, tokens=409
         kinds = {"grouped": GroupedExperts(E, C, H, "squared_relu", bias=False, top_k=k),
                  "loop": Experts(E, C, H, "squared_relu", bias=False)}
         for kind, module in kinds.items():
-            contenders[f"{E} experts, {kind}"] = LayerTraining(SparseMoE(TopkRouter(C, E, k), module).to(device), x, device)
+            layer = SparseMoE(TopkRouter(C, E, k), module).to(device)
+            contenders[f"{E} experts, {kind}"] = LayerTraining(layer, x, device)
     base = f"{experts[0]} experts, grouped"
     found = compare(alternate(contenders, rounds, device=device), base)
     return [dict(section="d", case=f"one layer, {tokens:,} tokens", name=name, experts=int(name.split()[0]),

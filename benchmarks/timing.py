@@ -1,6 +1,7 @@
 """Ratios on noisy machines: all contenders take turns in one run, so that a busy moment hits every one of them."""
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -69,17 +70,19 @@ def compare(seconds, base):
     The ratio is taken round by round: how many times as long as `base` did it take?
     """
     ratios = {name: [a / b for a, b in zip(each, seconds[base])] for name, each in seconds.items()}
-    return {name: dict(ms=[1e3 * s for s in quartiles(each)], ratio=quartiles(ratios[name])) for name, each in seconds.items()}
+    return {name: dict(ms=[1e3 * s for s in quartiles(each)], ratio=quartiles(ratios[name]))
+            for name, each in seconds.items()}
 
 
 class TrainingStep:
-    """Call it to make one whole step of training, as `makemoe.training.train` does: batch, forward, backward, clip, AdamW.
+    """Call it to make one whole step as `makemoe.training.train` does: batch, forward, backward, clip, AdamW.
 
     The learning rate is small, so that the loads of the experts stay what they are while we measure.
     """
 
-    def __init__(self, model, ids, batch_size, device="cpu"):
-        self.model, self.ids, self.batch_size, self.device = model.to(device).train(), ids, batch_size, device
+    def __init__(self, model, ids, batch_size, device="cpu", clip=1.0):
+        self.model, self.ids, self.batch_size = model.to(device).train(), ids, batch_size
+        self.device, self.clip = device, clip
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
         self.generator = torch.Generator().manual_seed(1337)
 
@@ -95,15 +98,16 @@ class TrainingStep:
             loss = self.model(x, y).loss
         self.optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if self.clip < math.inf:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
 
 
 def peak_memory(step):
-    """Bytes at the fullest moment of a `TrainingStep`: weights, gradients, moments, activations, and what is soon freed.
+    """Bytes at the fullest moment of a `TrainingStep`: weights, gradients, moments, activations and the rest.
 
-    On a CPU that is the record of the profiler, the same in every run; on a GPU the allocator's own record, which counts
-    whatever else is on the device: measure one contender at a time there.
+    On a CPU that is the record of the profiler, the same in every run; on a GPU the allocator's own record, which
+    counts whatever else is on the device: measure one contender at a time there.
     """
     step()  # from now on the optimizer has its moments
     step.optimizer.zero_grad()

@@ -79,8 +79,9 @@ class MoEConfig:
                              f"n_embd / n_head = {self.n_embd // self.n_head}: choose an even number")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}, but must be at least 0 and below 1")
-        for name in "routed_scaling_factor", "capacity_factor", "eval_capacity_factor":
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
+        seats = [] if self.capacity_factor is None else ["capacity_factor"]
+        for name in ["routed_scaling_factor", "eval_capacity_factor", *seats]:
+            if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be above 0")
         for name in "balance_coef", "importance_coef", "z_coef":
             if not getattr(self, name) >= 0:

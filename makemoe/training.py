@@ -73,7 +73,7 @@ class TrainConfig:
     final_lr: float = 0.0  # ... and where its straight way down ends, as a share of lr
     weight_decay: float = 0.1  # of matrices only
     beta2: float = 0.99  # memory of AdamW's second moment; shorter than usual, as the runs are
-    clip: float = 1.0  # longest gradient that is let through
+    clip: float = 1.0  # longest gradient that is let through; inf: no limit
     eval_every: int = 100  # steps between two evaluations
     eval_blocks: int = 128  # blocks of text in an evaluation, the same ones each time
     seed: int = 1337  # of the weights and of the order of the data
@@ -228,7 +228,8 @@ def train(model, train_ids, val_ids, config=TrainConfig(), on_eval=None, state=N
                 output = model(x.to(device), y.to(device))
             state.optimizer.zero_grad()
             output.loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            if config.clip < math.inf:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
             state.optimizer.step()
             state.losses.append(output.loss.detach())
             state.routings = output.routings
