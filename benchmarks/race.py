@@ -129,8 +129,11 @@ def kept(history):
 
 # article: time to a loss
 
+QUICK = TrainConfig.laptop(steps=360, optimizer="muon", lr=1e-2, warmup=40, eval_every=20)
+
+
 def article(out: Path = Path("runs/bench"), device: str = "cpu", short: bool = False, seeds: tuple[int, ...] = SEEDS,
-            model: MoEConfig = MoEConfig.laptop(), recipe: TrainConfig = TrainConfig.laptop(steps=600, eval_every=50)):
+            model: MoEConfig = MoEConfig.laptop(num_experts=4), recipe: TrainConfig = QUICK):
     """Time to the article's last validation loss, 1.7508, on tiny Shakespeare.
 
     Args:
@@ -160,7 +163,7 @@ def article(out: Path = Path("runs/bench"), device: str = "cpu", short: bool = F
     if "step" not in results:
         plain = build("plain", blog.seed)
         optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-5)
-        contenders = {"ours": TrainingStep(build("ours", recipe.seed), train_ids, recipe.batch_size, device),
+        contenders = {"ours": TrainingStep(build("ours", recipe.seed), train_ids, recipe, device),
                       "plain": lambda: plain_step(plain.train(), optimizer, train_ids, blog.batch_size)}
         results["step"] = compare(alternate(contenders, 10 if short else 30, device=device), "ours")
         save(path, results)
@@ -217,11 +220,11 @@ def twins(out: Path = Path("runs/bench"), device: str = "cpu", short: bool = Fal
     if "step" not in results:
         sizes, memory = {}, {}
         for name in names:
-            alone = TrainingStep(build(name, recipe.seed), train_ids, recipe.batch_size, device)
+            alone = TrainingStep(build(name, recipe.seed), train_ids, recipe, device)
             sizes[name] = count_parameters(alone.model)
             memory[name] = peak_memory(alone)
             del alone
-        steps = {name: TrainingStep(build(name, recipe.seed), train_ids, recipe.batch_size, device) for name in names}
+        steps = {name: TrainingStep(build(name, recipe.seed), train_ids, recipe, device) for name in names}
         found = compare(alternate(steps, 10 if short else 30, device=device), "mixture")
         results["step"] = {name: dict(parameters=sizes[name][0], active=sizes[name][1], memory=memory[name],
                                       **found[name]) for name in names}

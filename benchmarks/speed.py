@@ -18,6 +18,7 @@ import tyro
 
 from benchmarks.plain import PlainModel, plain_step
 from benchmarks.timing import TrainingStep, alternate, autocast, compare, describe, load, machine, peak_memory, save
+from makemoe.capacity import CapacityRouter
 from makemoe.data import CharTokenizer, load_text
 from makemoe.dropless import GroupedExperts
 from makemoe.gating import TopkRouter
@@ -44,7 +45,7 @@ def plain_contender(config, ids, batch_size, device):
 
 def training_step(device, ids, rounds=30):
     config = MoEConfig.blog()
-    ours = TrainingStep(SparseMoELanguageModel(config), ids, 16, device, clip=TrainConfig.blog().clip)
+    ours = TrainingStep(SparseMoELanguageModel(config), ids, TrainConfig.blog(), device)
     contenders = {"ours": ours, "the article's algorithm, plainly": plain_contender(config, ids, 16, device)}
     found = compare(alternate(contenders, rounds, device=device), "ours")
     if device == "cuda":
@@ -65,11 +66,12 @@ def synchronisations(step):
 
 # b: one mixture, and that of others
 
-def our_layer(C, H, E, k):
-    "`SparseMoE` with two matrices an expert."
-    layer = SparseMoE(TopkRouter(C, E, k), GroupedExperts(E, C, H, "squared_relu", bias=False, top_k=k))
-    torch.nn.init.zeros_(layer.router.linear.bias)  # the others have none
-    return layer
+def our_layer(C, H, E, k, capacity_factor=None):
+    "`SparseMoE` with two matrices an expert, dropless or with seats."
+    router = TopkRouter(C, E, k)
+    torch.nn.init.zeros_(router.linear.bias)  # the others have none
+    router = router if capacity_factor is None else CapacityRouter(router, capacity_factor)
+    return SparseMoE(router, GroupedExperts(E, C, H, "squared_relu", bias=False, top_k=k))
 
 
 def mixtral_layer(C, H, E, k, implementation):
@@ -94,6 +96,7 @@ def st_moe_layer(C, H, E, k, **settings):
 
 PEERS = {
     "ours": (our_layer, {}),
+    "ours, as few seats as st-moe-pytorch": (our_layer, dict(capacity_factor=1.25 / 2)),  # of T tokens, not of k T
     "Mixtral, eager": (mixtral_layer, dict(implementation="eager")),
     "Mixtral, batched_mm": (mixtral_layer, dict(implementation="batched_mm")),
     "Mixtral, grouped_mm": (mixtral_layer, dict(implementation="grouped_mm")),
@@ -101,6 +104,7 @@ PEERS = {
     "st-moe-pytorch, its defaults": (st_moe_layer, {}),
 }
 NOTES = {
+    "ours, as few seats as st-moe-pytorch": "drops as the last one does",
     "Mixtral, batched_mm": "copies an expert's weights for every token that visits it",
     "st-moe-pytorch, as many seats as ours": "pads, drops who finds no seat; two losses on top",
     "st-moe-pytorch, its defaults": "pads, drops more, at random too: less work for the experts; two losses on top",
@@ -110,17 +114,20 @@ NOTES = {
 def same_router(layer, weight):
     "Let `layer` route by the matrix `weight` (E, C), as all others do."
     gate = getattr(layer, "gate", None)
-    theirs = layer.router.linear if gate is None else getattr(gate, "to_gates", gate)
+    router = getattr(layer, "router", None)
+    theirs = getattr(router, "router", router).linear if gate is None else getattr(gate, "to_gates", gate)
     with torch.no_grad():
         theirs.weight.copy_(weight)
     return layer
 
 
 def carried(name, layer, x, k):
-    "Share of the choices of x (B, T, C) that are carried out. Only st-moe-pytorch drops."
-    if not name.startswith("st-moe"):
-        return 1.0
+    "Share of the choices of x (B, T, C) that are carried out. Mixtral never drops."
     with torch.no_grad():
+        if name.startswith("ours"):
+            return 1 - layer.router(x).dropped.item()
+        if name.startswith("Mixtral"):
+            return 1.0
         dispatch, *_ = layer.gate(x)  # (B, T, E, seats)
     return (dispatch.count_nonzero() / (k * x.shape[0] * x.shape[1])).item()
 
@@ -271,7 +278,8 @@ def expert_layers(device, experts=(8, 16, 32, 64), C=128, H=512, k=2, tokens=409
 def expert_models(device, ids, batch_size, experts=(8, 16, 32, 64), rounds=9):
     "A whole step of training of the laptop preset with ever more experts, and the memory that it needs."
     def step(E):
-        return TrainingStep(SparseMoELanguageModel(MoEConfig.laptop(num_experts=E)), ids, batch_size, device)
+        recipe = TrainConfig.laptop(batch_size=batch_size)
+        return TrainingStep(SparseMoELanguageModel(MoEConfig.laptop(num_experts=E)), ids, recipe, device)
 
     memory, sizes = {}, {}
     for E in experts:  # one at a time: on a GPU what others hold would count

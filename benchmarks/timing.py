@@ -16,6 +16,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from makemoe.data import get_batch
+from makemoe.training import TrainingState
 
 
 def machine(device):
@@ -75,22 +76,22 @@ def compare(seconds, base):
 
 
 class TrainingStep:
-    """Call it to make one whole step as `makemoe.training.train` does: batch, forward, backward, clip, AdamW.
+    """Call it to make one whole step of `recipe` as `train` does: batch, forward, backward, clip, optimizer.
 
     The learning rate is small, so that the loads of the experts stay what they are while we measure.
     """
 
-    def __init__(self, model, ids, batch_size, device="cpu", clip=1.0):
-        self.model, self.ids, self.batch_size = model.to(device).train(), ids, batch_size
-        self.device, self.clip = device, clip
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-        self.generator = torch.Generator().manual_seed(1337)
+    def __init__(self, model, ids, recipe, device="cpu"):
+        self.model, self.ids, self.recipe, self.device = model.to(device).train(), ids, recipe, device
+        self.optimizer, self.order = TrainingState(model, recipe).optimizer, torch.Generator().manual_seed(1337)
+        for group in self.optimizer.param_groups:
+            group["lr"] = 1e-5
 
     def __call__(self):
         self.update(*self.batch())
 
     def batch(self):
-        x, y = get_batch(self.ids, self.batch_size, self.model.config.block_size, self.generator)
+        x, y = get_batch(self.ids, self.recipe.batch_size, self.model.config.block_size, self.order)
         return x.to(self.device), y.to(self.device)
 
     def update(self, x, y):
@@ -98,8 +99,8 @@ class TrainingStep:
             loss = self.model(x, y).loss
         self.optimizer.zero_grad()
         loss.backward()
-        if self.clip < math.inf:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        if self.recipe.clip < math.inf:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
         self.optimizer.step()
 
 

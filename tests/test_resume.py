@@ -34,9 +34,9 @@ SHORT = TrainConfig(steps=7, batch_size=4, lr=0.01, warmup=2, eval_every=3, eval
 TEXTS = [torch.randint(11, (length,), generator=torch.Generator().manual_seed(length)) for length in (200, 90)]
 
 
-def new_state(config=RESTLESS):
+def new_state(config=RESTLESS, settings=SHORT):
     seed_everything(1337)
-    return TrainingState(SparseMoELanguageModel(config), SHORT)
+    return TrainingState(SparseMoELanguageModel(config), settings)
 
 
 def timeless(history):
@@ -56,21 +56,21 @@ def stop_in(state, step):
 @pytest.mark.parametrize("changes", [
     {}, dict(experts="loop"), dict(capacity_factor=0.7), dict(bias=True, norm="layer", positions="learned", balance_coef=0.0),
 ], ids=["grouped", "loop", "capacity", "bias"])
-@pytest.mark.parametrize("last", range(7))
-def test_a_training_that_goes_on_from_its_file_ends_with_the_same_bits(tmp_path, changes, last):
-    config = replace(RESTLESS, **changes)
-    whole = new_state(config)
-    train(whole.model, *TEXTS, SHORT, state=whole)
+@pytest.mark.parametrize("optimizer, last", [*(("adamw", last) for last in range(7)), ("muon", 0), ("muon", 4)])
+def test_a_training_that_goes_on_from_its_file_ends_with_the_same_bits(tmp_path, changes, optimizer, last):
+    config, settings = replace(RESTLESS, **changes), replace(SHORT, optimizer=optimizer)
+    whole = new_state(config, settings)
+    train(whole.model, *TEXTS, settings, state=whole)
     afterwards = torch.rand(3)
 
-    state = new_state(config)
+    state = new_state(config, settings)
     stop_in(state, last)
-    train(state.model, *TEXTS, SHORT, state=state)
+    train(state.model, *TEXTS, settings, state=state)
     assert state.step == last + 1
     save_training(tmp_path / "m", state, TOKENIZER)
     seed_everything(99)  # another process has other random numbers
     again, tokenizer = load_training(tmp_path / "m")
-    assert tokenizer.characters == TOKENIZER.characters and again.config == SHORT
+    assert tokenizer.characters == TOKENIZER.characters and again.config == settings
     train(again.model, *TEXTS, again.config, state=again)
     assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), whole.model.parameters()))
     assert timeless(again.history) == timeless(whole.history)
