@@ -10,6 +10,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import tyro
+from matplotlib.ticker import LogLocator
 
 from benchmarks.timing import describe, load
 
@@ -172,7 +173,7 @@ def gpu_section(results):
 # the picture
 
 def bars(axes, rows, values, labels, title, unit):
-    colours = [OURS if row["name"] == "ours" else OTHER for row in rows]
+    colours = [OURS if row["name"].startswith("ours") else OTHER for row in rows]
     marks = axes.barh(range(len(rows)), values, color=colours)
     axes.set_yticks(range(len(rows)), labels, fontsize=8)
     axes.bar_label(marks, [f" {value:,.0f}" if value >= 100 else f" {value:.3g}" for value in values], fontsize=8)
@@ -189,7 +190,7 @@ def draw_speed(section, axes, rows):
     elif section == "b":
         case = rows[-1]["case"] if "batched" not in rows[-1]["name"] else rows[0]["case"]
         shown = [row for row in rows if row["case"] == case]
-        labels = [row["name"].replace("-pytorch, ", ",\n").replace("Mixtral, ", "Mixtral,\n") for row in shown]
+        labels = [row["name"].replace("-pytorch", "").replace(", ", ",\n") for row in shown]
         bars(axes, shown, [row["ms"][1] for row in shown], labels, f"b  one mixture, {case}", "ms")
     elif section == "c":
         labels = [f"{row['case'].split()[0]}, batch {row['case'].split()[-1]}, {row['name']}" for row in rows]
@@ -245,9 +246,9 @@ def draw(speed, article, twins):
             draw_losses(axis, article, both, "e  time to a loss")
             axis.axhline(article["settings"]["target"], color="black", lw=0.8, ls="--")
             axis.set_xscale("log")
-            for which in axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter:
-                which("{x:.0f}")
-            axis.tick_params(which="minor", labelsize=7)
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter("{x:.0f}")
+            axis.minorticks_off()
         elif panel == "f":
             colours = (OURS, FOURTH, OTHER, THIRD) if len(twins["step"]) > 2 else (OURS, OTHER)
             names = {name: (name, colour) for name, colour in zip(twins["step"], colours)}
