@@ -27,7 +27,8 @@ RATE = '            for group in state.optimizer.param_groups:\n                
 BATCH = "x, y = get_batch(train_ids, config.batch_size, T, state.order)"
 ZERO = "            state.optimizer.zero_grad()\n"
 BACKWARD = "            output.loss.backward()\n"
-CLIP = "            torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)\n"
+CLIP = ("            if config.clip < math.inf:\n"
+        "                torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)\n")
 STEP = "            state.optimizer.step()\n"
 ROUTINGS = "            state.routings = output.routings\n"
 LAST_LOOK = "    state.read_losses()  # those of the last steps must be finite, too\n"
