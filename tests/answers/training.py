@@ -226,7 +226,8 @@ def train(model, train_ids, val_ids, config=TrainConfig(), on_eval=None, state=N
             output.loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
             rate = learning_rate(step, config)
-            state.optimizer.param_groups[0]["lr"] = state.optimizer.param_groups[1]["lr"] = rate
+            for i in range(len(state.optimizer.param_groups)):
+                state.optimizer.param_groups[i]["lr"] = rate
             state.optimizer.step()
             state.require_finite(output.loss.item(), step)
             state.losses, state.routings, state.step = [output.loss.detach()], output.routings, step + 1
