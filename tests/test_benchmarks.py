@@ -279,3 +279,16 @@ def test_one_command_runs_it_all_and_leaves_out_what_is_not_there(monkeypatch, t
     both = [[("speed.main", device, None), ("race.article", device, False), ("race.twins", device, False)] for device in ("cpu", "cuda")]
     assert calls == both[0] + (both[1] + [("race.gpu", "", None)]) * cuda + [("report.main", "", None)]
     assert ("no CUDA device" in capsys.readouterr().out) is not cuda
+
+
+def test_without_tiny_shakespeare_the_rest_is_measured(monkeypatch, tmp_path, capsys):
+    def missing(*arguments, **settings):
+        raise OSError("cannot fetch tinyshakespeare")
+
+    calls = []
+    for module, name in (speed, "main"), (race, "twins"), (report, "main"):
+        monkeypatch.setattr(module, name, lambda *a, name=f"{module.__name__}.{name}", **k: calls.append(name))
+    monkeypatch.setattr(race, "article", missing)
+    bench.main(tmp_path, device="cpu")
+    assert calls == ["benchmarks.speed.main", "benchmarks.race.twins", "benchmarks.report.main"]
+    assert "the race against the article is left out: cannot fetch tinyshakespeare" in capsys.readouterr().out
