@@ -276,7 +276,7 @@ def test_one_command_runs_it_all_and_leaves_out_what_is_not_there(monkeypatch, t
 
         monkeypatch.setattr(module, name, note)
     bench.main(tmp_path, full=True)
-    both = [[("speed.main", device, None), ("race.article", device, False), ("race.twins", device, False)] for device in ("cpu", "cuda")]
+    both = [[("speed.main", device, None), ("race.twins", device, False), ("race.article", device, False)] for device in ("cpu", "cuda")]
     assert calls == both[0] + (both[1] + [("race.gpu", "", None)]) * cuda + [("report.main", "", None)]
     assert ("no CUDA device" in capsys.readouterr().out) is not cuda
 
@@ -291,4 +291,4 @@ def test_without_tiny_shakespeare_the_rest_is_measured(monkeypatch, tmp_path, ca
     monkeypatch.setattr(race, "article", missing)
     bench.main(tmp_path, device="cpu")
     assert calls == ["benchmarks.speed.main", "benchmarks.race.twins", "benchmarks.report.main"]
-    assert "the race against the article is left out: cannot fetch tinyshakespeare" in capsys.readouterr().out
+    assert "no race on tiny Shakespeare: cannot fetch tinyshakespeare" in capsys.readouterr().out
