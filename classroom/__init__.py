@@ -1,0 +1,1 @@
+"""For teachers: hand out the lessons without answers, and grade what comes back. `python -m classroom --help`."""
