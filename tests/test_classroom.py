@@ -1,392 +1,305 @@
-"""Lesson 90: what students are given, and what becomes of what they hand in.
+"""What learners and students are given, and what becomes of what they hand in.
 
-Most submissions are for a lesson of two exercises that needs no torch: its kernel starts in a second.
+Submissions are for a lesson of two small exercises, in a project of its own. They are all graded in one call.
 """
 
 import ast
-import contextlib
 import csv
-import io
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
-import nbformat
 import pytest
-from answers import names
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from makemoe import classroom
-from makemoe.classroom import collect, exported, find_lessons, grade, mark, needed_modules, recognise, release, restore, samples
+from classroom import collecting, grading, handout, lessons
+from classroom.handout import learn, lesson_to_solve, needed_modules, release, samples
+from classroom.lessons import ROOT, exercises, find_lessons, module_of, read_cells, stub
 
 LESSONS = find_lessons()
 each_lesson = pytest.mark.parametrize("lesson", LESSONS, ids=lambda path: path.stem)
 
 
-def table(folder):
-    "{student: line of grades.csv as a dict} for a folder of submissions that was graded."
-    with open(folder.with_name(folder.name + "-grades") / "grades.csv", encoding="utf-8-sig", newline="") as file:
-        return {line["student"]: line for line in csv.DictReader(file)}
+# what is given
+
+def answers_of(lesson):
+    "(exercise, the cell that answers it) of a lesson."
+    cells = {cell["id"]: cell for cell in read_cells(lesson)}
+    return [(exercise, cells[exercise.cell]) for exercise in exercises(cells.values())]
 
 
-# ---- what students are given
+def body_of(source, name):
+    "The statements of a function or method, without its docstring, as text."
+    nodes = ast.parse(source).body
+    for part in name.split("."):
+        node = next(node for node in nodes if getattr(node, "name", None) == part)
+        nodes = node.body
+    return [ast.unparse(statement) for statement in nodes[ast.get_docstring(node) is not None:]]
 
 
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory):
-    "A release of all lessons."
-    tree = tmp_path_factory.mktemp("release") / "assignments"
-    release(tree)
-    return tree
+@each_lesson
+def test_a_stub_keeps_what_is_given_and_nothing_of_the_answer(lesson):
+    for exercise, cell in answers_of(lesson):
+        text = stub(cell["source"], exercise)
+        for name in exercise.write:
+            given = exercise.given.get(name, 0)
+            assert body_of(text, name) == body_of(cell["source"], name)[:given] + ["raise NotImplementedError"]
+        assert len(exercise.hint.split()) > 3 and 1 <= exercise.stars <= 3 and exercise.minutes > 0
 
 
-def test_a_release_holds_all_lessons_and_no_solution(tree):
-    assert sorted(path.name for path in (tree / "notebooks").iterdir()) == [path.name for path in LESSONS]
-    for path in (tree / "notebooks").iterdir():
-        text = path.read_text(encoding="utf-8")
-        assert "NotImplementedError" in text and not re.search("(BEGIN|END) (SOLUTION|HIDDEN)", text)
-    assert not [path for path in tree.rglob("*") if path.name in ("classroom.py", "90_teaching.ipynb", "answers", "_modidx.py")]
+@each_lesson
+def test_a_lesson_gives_10_to_20_points_and_names_no_exercise_twice(lesson):
+    known = [exercise for exercise, _ in answers_of(lesson)]
+    assert 10 <= sum(exercise.points for exercise in known) <= 20
+    assert len({exercise.name for exercise in known}) == len(known)
 
 
-def test_a_release_says_what_to_install(tree):
-    lines = (tree / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    named = [re.match(r"[a-z-]+", line)[0] for line in lines if line and line[0] != "#"]
-    assert {"torch", "jupyter", "nbgrader", "pytest", "hypothesis"} <= set(named) and len(named) == len(set(named))
-    for name in "README.md", "LICENSE", "pyproject.toml", "makemoe/__main__.py", "data/shakespeare.txt", "data/lab.safetensors":
-        assert (tree / name).is_file(), name
+@each_lesson
+def test_a_learner_gets_hints_answers_and_pictures_and_a_student_no_answers(lesson):
+    mine, theirs = lesson_to_solve(lesson, answers=True, finished=True), lesson_to_solve(lesson, answers=False, finished=False)
+    pictures = [sum("image/png" in output.get("data", {}) for cell in cells for output in cell.get("outputs", []))
+                for cells in (read_cells(lesson), mine["cells"], theirs["cells"])]
+    assert pictures[0] > 0 and len(set(pictures)) == 1
+    texts = ["".join(part for cell in notebook["cells"] for part in cell["source"]) for notebook in (mine, theirs)]
+    for exercise, cell in answers_of(lesson):
+        answer = cell["source"].removeprefix("#| export\n")
+        assert answer in texts[0] and answer not in texts[1]
+        assert exercise.hint in texts[0] and exercise.hint in texts[1]
+    ids = [cell["id"] for cell in mine["cells"]]
+    assert len(ids) == len(set(ids))
 
 
-def test_a_release_is_never_written_over_another(tree):
-    with pytest.raises(FileExistsError, match="exists already"):
-        release(tree)
+def test_learn_never_writes_over_what_is_there(tmp_path, capsys):
+    learn(tmp_path / "learn")
+    assert sorted(path.name for path in (tmp_path / "learn").iterdir()) == [path.name for path in LESSONS]
+    (tmp_path / "learn" / LESSONS[0].name).write_text("mine")
+    (tmp_path / "learn" / LESSONS[1].name).unlink()
+    learn(tmp_path / "learn")
+    assert (tmp_path / "learn" / LESSONS[0].name).read_text() == "mine" and (tmp_path / "learn" / LESSONS[1].name).exists()
+    assert f"1 new lessons, {len(LESSONS) - 1} that were there" in capsys.readouterr().out
 
 
 @each_lesson
 def test_one_lesson_ships_modules_of_earlier_ones_only(lesson):
-    earlier = {path.stem[3:] for path in LESSONS[: LESSONS.index(lesson)]}
-    if lesson.stem == "00_lab":
-        pytest.skip("lesson 00 shows the finished model: it alone looks ahead")
-    assert needed_modules([lesson]) <= earlier | {"lab"}
+    earlier = {module_of(path) for path in LESSONS[:LESSONS.index(lesson)]} | {"lab"}
+    if module_of(lesson) != "lab":  # it shows the finished model: it alone looks ahead
+        assert needed_modules([lesson]) <= earlier
 
 
-@each_lesson
-def test_what_a_lesson_exports_is_its_module(lesson):
-    def code(text):
-        body = [ast.unparse(node) for node in ast.parse(text).body]
-        return [re.sub(r"from \.(\w+) import", r"from makemoe.\1 import", node) for node in body]
-
-    ours = code((classroom.ROOT / "makemoe" / f"{lesson.stem[3:]}.py").read_text(encoding="utf-8"))
-    assert ours[0].startswith(("'", '"')) and ours[1].startswith("__all__")
-    assert code(exported(nbformat.read(lesson, 4))) == ours[2:]
-
-
-def test_the_tests_of_a_student_test_her_notebook_and_nothing_else_of_hers(tree):
-    "Lesson 04 is not solved and red, though makemoe/gating.py is there. Lesson 05 is solved and green, though her gating is not."
-    samples(tree / "solved", ["05"])
-    shutil.copy(tree / "solved" / "full" / "05_noisy_gating.ipynb", tree / "notebooks")
-    for lesson, expected in ("gating", 1), ("noisy_gating", 0):
-        command = [sys.executable, "-m", "pytest", "--color=no", "-x", f"tests/test_{lesson}.py"]
-        run = subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=300)
-        assert run.returncode == expected, run.stdout + run.stderr
-        assert ("NotImplementedError" in run.stdout) == bool(expected)
-        assert [path.name for path in (tree / "mine").glob("*.py")] == [f"{lesson}.py"]
+def test_a_release_stands_alone_and_holds_nothing_of_the_teacher(tmp_path):
+    out = tmp_path / "week4"
+    release(out, ("04",))
+    assert not (out / "makemoe" / "gating.py").exists() and not list(out.rglob("hidden")) and not list(out.rglob("answers"))
+    code = "import makemoe.checks.gating, makemoe.experts; print(makemoe.checks.__file__)"
+    where = subprocess.run([sys.executable, "-c", code], cwd=out, capture_output=True, text=True, check=True).stdout
+    assert where.startswith(str(out))
+    with pytest.raises(FileExistsError, match="exists already"):
+        release(out, ("04",))
 
 
-def test_without_her_notebook_nothing_is_tested(tree):
-    code = (tree / "conftest.py").read_text(encoding="utf-8")
-    conftest = {"__file__": str(tree / "conftest.py")}
-    exec(compile(code, "conftest.py", "exec"), conftest)
-    given = tree / "notebooks" / "06_sparse_moe.ipynb"
-    given.rename(tree / "kept")
-    with pytest.raises(pytest.exit.Exception, match="has it been renamed"):
-        conftest["export"]("sparse_moe")
-    given.write_text("")
-    with pytest.raises(pytest.exit.Exception, match="not a notebook any more"):
-        conftest["export"]("sparse_moe")
-    (tree / "kept").replace(given)
+# what is handed in
 
-
-# ---- full marks and none, in this process, for every lesson
-
-
-def score(notebook):
-    "Points of a notebook of our own, run in this process: graded cells, and of all others those that bind what they need."
-    needed, kept = set(), []
-    for cell in reversed([cell for cell in notebook.cells if cell.cell_type == "code"]):
-        if not re.search(r"^\s*[!%]", cell.source, re.MULTILINE):
-            bound, read = names(cell.source)
-            if mark(cell) or needed & bound:
-                needed = needed - bound | read
-                kept.insert(0, cell)
-    points, namespace = 0, {"__name__": "__main__"}
-    for cell in kept:
-        with contextlib.redirect_stdout(io.StringIO()):
-            try:
-                exec(compile(cell.source, cell.id, "exec"), namespace)
-                points += mark(cell).get("points", 0)
-            except Exception as error:
-                last = error
-    return points, locals().get("last")
-
-
-def most(lesson):
-    return sum(mark(cell).get("points", 0) for cell in nbformat.read(lesson, 4).cells)
-
-
-@pytest.fixture
-def in_notebooks(monkeypatch):
-    monkeypatch.setenv("MAKEMOE_FAST", "1")
-    monkeypatch.setattr("makemoe.lab.FAST", True)
-    monkeypatch.chdir(classroom.ROOT / "notebooks")
-
-
-@each_lesson
-def test_our_solution_gets_full_marks_and_what_students_are_given_none(lesson, in_notebooks):
-    points, error = score(nbformat.read(lesson, 4))
-    assert points == most(lesson), repr(error)
-    assert score(classroom.without_solutions(lesson))[0] == 0
-
-
-# ---- the same through nbgrader: one real lesson here, another one in lesson 90 itself
-
-
-def test_a_real_lesson_through_nbgrader(tmp_path):
-    samples(tmp_path / "class", ["03"])
-    shutil.rmtree(tmp_path / "class" / "half")
-    grade(tmp_path / "class")
-    marks = table(tmp_path / "class")
-    assert marks["full"]["score"] == marks["full"]["max"] == str(most(find_lessons(["03"])[0]))
-    assert marks["empty"]["score"] == "0" and "not solved" in marks["empty"]["message"]
-
-
-# ---- a small lesson, and what can be handed in for it
-
-DOUBLE = "#| export\ndef double(x):\n    ### BEGIN SOLUTION\n    return 2 * x\n    ### END SOLUTION"
-TRIPLE = "#| export\ndef triple(x):\n    ### BEGIN SOLUTION\n    return 3 * x\n    ### END SOLUTION"
-CHECKS = {
-    "toy-double-check": "assert isclose(double(2), 4), 'two times two'\n### BEGIN HIDDEN TESTS\nassert double(3) == 6\n### END HIDDEN TESTS",
-    "toy-triple-check": "assert isclose(triple(1), three), f'three, not {triple(1)}'",
+LESSON = {
+    "imports": "#| export\nimport torch",
+    "helper": "def loop_double(x):\n    return torch.stack([2 * one for one in x])",
+    "double": "#| export\ndef double(x):\n    \"Twice x, a tensor.\"\n    return 2 * x",
+    "double-check": "check_double(double)",
+    "train": "assert False, 'nothing here is run when answers are graded'",
+    "triple": "#| export\ndef triple(x):\n    \"Three times x, a tensor.\"\n    return double(x) + x",
+    "triple-check": "check_triple(triple)",
 }
+CHECK = """
+import torch
+from makemoe.checks import check, close
+
+@check
+def check_{name}({name}):
+    yield "it is {times} times as much"
+    close({name}(torch.tensor([{value}])), torch.tensor([{times} * {value}]))
+"""
 
 
-def small_lesson():
-    def cell(name, source, points=None):
-        solution = points is None
-        about = dict(grade_id=name, schema_version=3, solution=solution, grade=not solution, locked=not solution, task=False)
-        return new_code_cell(source, id=name, metadata={"nbgrader": about if solution else about | dict(points=points)})
-
-    cells = [new_markdown_cell("# Toy", id="title"), new_code_cell("#| default_exp toy", id="default-exp"),
-             new_code_cell("#| export\nfrom math import isclose", id="imports"), cell("toy-double", DOUBLE),
-             cell("toy-double-check", CHECKS["toy-double-check"], 2), new_code_cell("three = 3", id="three"),
-             cell("toy-triple", TRIPLE), cell("toy-triple-check", CHECKS["toy-triple-check"], 3)]
-    return new_notebook(cells=cells, metadata={"kernelspec": dict(name="python3", language="python", display_name="Python 3")})
-
-
-def small_project(root):
-    for name in "makemoe", "notebooks", "data", "benchmarks":
-        (root / name).mkdir(parents=True)
-    (root / "makemoe" / "__init__.py").touch()
-    (root / "makemoe" / "toy.py").write_text("from math import isclose\ndef double(x): return 2 * x\ndef triple(x): return 3 * x\n")
-    nbformat.write(small_lesson(), root / "notebooks" / "04_toy.ipynb")
-
-
-def body(text):
-    return "#| export\ndef triple(x):\n    " + text.replace("\n", "\n    ")
-
-
-def solved(**changes):
-    "The small lesson as a good student hands it in, but for `changes`: {cell, with _ for -: source}."
-    notebook = small_lesson()
-    for cell in notebook.cells:
-        cell.source = changes.get(cell.id.replace("-", "_"), re.sub(r"### BEGIN HIDDEN.*", "", cell.source, flags=re.DOTALL))
-    return notebook
-
-
-def without(notebook, *ids):
-    notebook.cells = [cell for cell in notebook.cells if cell.id not in ids]
-    return notebook
-
-
-def bare():
-    "All metadata and all ids lost, as some tools do."
-    notebook = solved()
-    for cell in notebook.cells:
-        cell.metadata = {}
-        del cell["id"]
-    return notebook | dict(nbformat_minor=4)
-
-
-def other_kernel():
-    return solved() | dict(metadata={"kernelspec": dict(name="julia-1.9", language="julia", display_name="Julia")})
-
-
-def with_helper_below():
-    "Her helper stands below the solution that calls it, and the cell that grades it is gone."
-    notebook = without(solved(toy_triple=body("return helper(x) * x")), "toy-triple-check")
-    notebook.cells.append(new_code_cell("def helper(x):\n    return 3"))
-    return notebook
-
-
-def pasted_twice():
-    "A solution cell that was copied, mark and all: in Jupyter the later one counts."
-    notebook = solved(toy_triple=body("return 0"))
-    again = nbformat.from_dict(notebook.cells[6] | dict(id="again", source=TRIPLE))
-    notebook.cells.insert(7, again)
-    return notebook
-
-
-HANDED_IN = {  # student: (what is handed in, under which name, points, a part of the message)
-    "Anna [1] Ünal": (solved(), "homework final (2).ipynb", 5, "read from homework final (2).ipynb"),
-    "other kernel": (other_kernel(), "04_toy.ipynb", 5, ""),
-    "marks lost": (bare(), "04_toy(1).ipynb", 5, "read from 04_toy(1).ipynb"),
-    "tests deleted": (without(solved(toy_triple=body("return 4")), "toy-double-check", "toy-triple-check"), "04_toy.ipynb", 2,
-                      "put back as they were: toy-double-check, toy-triple-check; toy-triple: three, not 4"),
-    "tests overwritten": (solved(toy_double="double = None", toy_double_check="pass", toy_triple_check="assert True"), "04_toy.ipynb", 3,
-                          "put back as they were"),
-    "only the visible": (solved(toy_double="def double(x): return 4"), "04_toy.ipynb", 3, "toy-double: an assertion failed"),
-    "solution deleted": (without(solved(), "toy-double", "toy-double-check"), "04_toy.ipynb", 3, "toy-double: not solved"),
-    "helper below": (with_helper_below(), "04_toy.ipynb", 5, "put back as they were: toy-triple-check"),
-    "pasted twice": (pasted_twice(), "04_toy.ipynb", 5, ""),
-    "syntax error": (solved(toy_triple="def triple(x:\n"), "04_toy.ipynb", 2, "toy-triple: SyntaxError"),
-    "warning": (solved(toy_triple=body("import warnings\nwarnings.warn('careful')\nreturn 3 * x")), "04_toy.ipynb", 5, ""),
-    "our module": (solved(toy_double="from makemoe.toy import *", toy_triple="pass"), "04_toy.ipynb", 0, "toy-double: not solved"),
-    "own isclose": (solved(toy_double="isclose = lambda a, b: True\ndef double(x): return 6", toy_triple="triple = abs"), "04_toy.ipynb", 0,
-                    "toy-double: two times two"),
-    "sys.exit": (solved(toy_triple=body("import sys\nsys.exit()")), "04_toy.ipynb", 2, "toy-triple: SystemExit"),
-    "os._exit": (solved(toy_triple=body("import os\nos._exit(0)")), "04_toy.ipynb", 2,
-                 "toy-triple: NotRun: the kernel was lost in cell toy-triple-check"),
-    "os._exit at once": (solved(toy_double="import os\nos._exit(0)"), "04_toy.ipynb", 0, "toy-triple: NotRun"),
-    "endless": (solved(toy_triple=body("while True:\n    pass")), "04_toy.ipynb", 2, "toy-triple: stopped, as it took too long"),
-    "endless and deaf": (solved(toy_triple=body("import signal\nsignal.signal(2, signal.SIG_IGN)\nwhile True:\n    pass")), "04_toy.ipynb", 2,
-                         "toy-triple: NotRun: the kernel was lost"),
-    "endless printing": (solved(toy_triple=body("while True:\n    print('x' * 99)")), "04_toy.ipynb", 2, "toy-triple: stopped"),
-    "not JSON": ("hello", "04_toy.ipynb", 0, "04_toy.ipynb cannot be graded: NotJSONError"),
-    "empty file": ("", "toy.ipynb", 0, "toy.ipynb cannot be graded: NotJSONError"),
-    "odd JSON": ("[1, 2]", "04.ipynb", 0, "04.ipynb cannot be graded"),
-    "zipped": ("PK", "04_toy.zip", 0, "nothing to grade, only 04_toy.zip"),
-}
+def notebook(sources):
+    "A notebook as JSON: {id: source}, where the ids of prose begin with text."
+    cells = [dict(cell_type="markdown" if name.startswith("text") else "code", id=name, metadata={}, source=source)
+             for name, source in sources.items()]
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            cell |= dict(outputs=[], execution_count=None)
+        if cell["id"] in ("double", "triple"):
+            points = {"double": 2, "triple": 3}[cell["id"]]
+            cell["metadata"] = {"exercise": dict(write=[cell["id"]], points=points, stars=1, minutes=5, hint="Think of a product.")}
+    return dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)
 
 
 @pytest.fixture(scope="module")
-def handed_in(tmp_path_factory):
-    "All of these, graded."
-    folder = tmp_path_factory.mktemp("small")
-    small_project(folder / "project")
-    for student, (what, name, _, _) in HANDED_IN.items():
-        file = folder / "class" / student / name
-        file.parent.mkdir(parents=True)
-        file.write_text(what if isinstance(what, str) else json.dumps(what), encoding="utf-8")
-    (folder / "class" / "nobody").mkdir()
-    shutil.copytree(folder / "class" / "Anna [1] Ünal", folder / "class" / "twice")
-    shutil.copy(folder / "class" / "twice" / "homework final (2).ipynb", folder / "class" / "twice" / "04_toy.ipynb")
+def project(tmp_path_factory):
+    "A project with one lesson, on which all of `classroom` works while the tests of this file run."
+    root = tmp_path_factory.mktemp("project")
+    for name in "notebooks", "data", "benchmarks/results", "makemoe/checks", "classroom/hidden":
+        (root / name).mkdir(parents=True)
+    (root / "notebooks" / "04_toy.ipynb").write_text(json.dumps(notebook(LESSON)))
+    for name in "makemoe/__init__.py", "makemoe/lab.py":
+        (root / name).write_text("")
+    shutil.copy(ROOT / "makemoe/checks/__init__.py", root / "makemoe/checks")
+    for folder, values in ("makemoe/checks", (1.0, 5.0)), ("classroom/hidden", (2.0, 4.0)):
+        text = "".join(CHECK.format(name=name, times=times, value=value) for (name, times), value in zip((("double", 2), ("triple", 3)), values))
+        (root / folder / "toy.py").write_text(text)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(classroom, "ROOT", folder / "project")
-        grade(folder / "class", seconds=10)
-    return folder / "class"
+        for module in lessons, handout, grading:
+            patch.setattr(module, "ROOT", root)
+        yield root
 
 
-@pytest.mark.parametrize("student", HANDED_IN)
-def test_what_is_handed_in(student, handed_in):
-    _, _, points, message = HANDED_IN[student]
-    line = table(handed_in)[student]
+def solved(**changes):
+    "The lesson as a good student hands it in, but for `changes`: {id, with _ for -: source, or None for a cell that is gone}."
+    changes = {name.replace("_", "-"): source for name, source in changes.items()}
+    return json.dumps(notebook({name: source for name, source in {**LESSON, **changes}.items() if source is not None}))
+
+
+def triple(body):
+    "The lesson with another body of `triple`."
+    return solved(triple="def triple(x):\n" + "".join(f"    {line}\n" for line in body.split("\n")))
+
+
+def old_version():
+    "As a tool of 2014 would write it: version 3, no ids."
+    cells = [dict(cell_type="code", input=source, outputs=[], language="python", metadata={}) for source in LESSON.values()]
+    return json.dumps(dict(nbformat=3, nbformat_minor=0, metadata={}, worksheets=[dict(cells=cells, metadata={})]))
+
+
+def without_ids():
+    "As Colab hands it out: no ids, no metadata of ours."
+    made = notebook(LESSON)
+    made["cells"] = [{name: value for name, value in cell.items() if name != "id"} | {"metadata": {"id": "x"}} for cell in made["cells"]]
+    return json.dumps(made | {"nbformat_minor": 0})
+
+
+SLEEP = "import time\nwhile True: time.sleep(1)"
+HANDED_IN = {  # student: (what is handed in, points, words of the message)
+    "full": (solved(), 5, ""),
+    "empty": (solved(double="def double(x):\n    raise NotImplementedError", triple="def triple(x):\n    raise NotImplementedError"), 0, "not written yet"),
+    "wrong": (triple("return 4 * x"), 2, "triple: it is 3 times as much"),
+    "only what can be seen": (solved(double="def double(x): return torch.tensor([2.0])"), 0, "double: it is 2 times as much"),
+    "version 3": (old_version(), 5, ""),
+    "no ids": (without_ids(), 5, ""),
+    "mark at the front": ("\ufeff" + solved(), 5, ""),
+    "windows": (solved().replace("\\n", "\\r\\n"), 5, ""),
+    "stub pasted below": (solved(again="def triple(x):\n    raise NotImplementedError"), 5, ""),
+    "helper added": (solved(mine="FACTOR = 3\ndef times(x): return FACTOR * x", triple="def triple(x): return times(x)"), 5, ""),
+    "checks deleted": (solved(double_check=None, triple_check="check_triple = print"), 5, ""),
+    "syntax error": (solved(triple="def triple(x:\n"), 2, "triple: cell 6 is not Python"),
+    "magic": (solved(triple="%time\n!pip install nothing\ndef triple(x): return 3 * x"), 5, ""),
+    "the lesson's loop": (solved(double="def double(x): return loop_double(x)"), 0, "loop_double"),
+    "exit": (triple("import sys; sys.exit()"), 2, "triple:"),
+    "os exit": (triple("import os; os._exit(0)"), 2, "the process ended"),
+    "os exit at once": (solved(double="import os\nos._exit(0)\ndef double(x): return 2 * x"), 0, "the process ended"),
+    "endless": (triple(SLEEP), 2, "stopped, as it took too long"),
+    "endless printing": (triple("while True: print('x' * 10_000)"), 2, "stopped, as it took too long"),
+    "imports ours": (solved(triple="from makemoe.toy import triple"), 2, "triple:"),
+    "searches the disk": (triple("text = open(ROOT).read()\nexec(text)\nreturn 3 * x"), 2, "may not read"),
+    "lists the disk": (triple("import os; os.listdir('/')\nreturn 3 * x"), 2, "may not read"),
+    "writes": (triple("open('note.txt', 'w')\nreturn 3 * x"), 2, "may not write"),
+    "a program": (triple("import subprocess; subprocess.run(['true'])\nreturn 3 * x"), 2, "may not use"),
+    "a foreign function": (triple("import ctypes; ctypes.CDLL(None)\nreturn 3 * x"), 2, "may not"),
+    "looks at the caller": (triple("import sys; sys._getframe(1)\nreturn 3 * x"), 2, "may not look"),
+    "imports the check": (triple("import makemoe.checks.toy\nreturn 3 * x"), 2, "triple:"),
+    "reads the check": (triple("import makemoe\nopen(makemoe.__path__[0] + '/checks/toy.py')\nreturn 3 * x"), 2, "may not read"),
+    "isclose patched": (triple("torch.isclose = lambda a, b, **_: torch.ones(1) > 0\nreturn x"), 2, "the code changes torch.isclose"),
+    "any patched": (triple("torch.Tensor.any = lambda self: False\nreturn x"), 2, "the code changes Tensor.attributes"),
+    "builtin patched": (triple("import builtins; builtins.float = lambda x: 1.0\nreturn x"), 2, "the code changes builtins.float"),
+    "equal to everything": (triple("class Yes(torch.Tensor):\n    __eq__ = lambda *_: True\nreturn torch.zeros(1).as_subclass(Yes)"), 2, "should be a tensor"),
+    "script": (solved(text="<script>alert(1)</script>", triple="def triple(x): return 'x</pre><script>alert(2)</script>'"), 2, "<script>"),
+    "deep": ("[" * 200_000, 0, "cannot be read as a notebook"),
+    "empty file": ("", 0, "cannot be read as a notebook"),
+    "odd": ("[1, 2]", 0, "cannot be read as a notebook"),
+    "=1+1": (solved(), 5, ""),
+    "[a]*?": (solved(), 5, ""),
+    "Ünal\nAnna": (solved(), 5, ""),
+    os.fsdecode(b"not \xff utf-8"): (solved(), 5, ""),
+}
+
+
+def grades(folder):
+    "{student: line of grades.csv as a dict}"
+    with open(folder.with_name(folder.name + "-grades") / "grades.csv", encoding="utf-8-sig", newline="") as file:
+        return {line["student"]: line for line in csv.DictReader(file)}
+
+
+@pytest.fixture(scope="module")
+def graded(project, tmp_path_factory):
+    "The folder of all these submissions, graded."
+    folder = tmp_path_factory.mktemp("class") / "submissions"
+    for student, (text, _, _) in HANDED_IN.items():
+        (folder / student).mkdir(parents=True)
+        path = folder / student / "04_toy.ipynb"
+        path.write_text(text.replace("ROOT", repr(str(project / "notebooks" / "04_toy.ipynb"))[1:-1].join(["'"] * 2)), encoding="utf-8")
+    for student in "link", "nothing", "two", "zip":
+        (folder / student).mkdir()
+    (folder / "link" / "04_toy.ipynb").symlink_to(folder / "full" / "04_toy.ipynb")
+    (folder / "zip" / "04_toy.zip").write_text("PK")
+    for name in "a.ipynb", "b.ipynb":
+        (folder / "two" / name).write_text(solved())
+    grading.grade(folder, seconds=4)
+    return folder
+
+
+@pytest.mark.parametrize("student", HANDED_IN, ids=ascii)
+def test_what_is_handed_in_earns(student, graded):
+    _, points, words = HANDED_IN[student]
+    shown = {"=1+1": "'=1+1", "Ünal\nAnna": "Ünal Anna", os.fsdecode(b"not \xff utf-8"): "not ? utf-8"}.get(student, student)
+    line = grades(graded)[shown]
     assert (line["score"], line["max"]) == (str(points), "5"), line["message"]
-    assert message in line["message"]
-    if points == 5 and not message:
-        assert line["message"] == ""
+    assert words in line["message"]
+    page = (graded.with_name("submissions-grades") / "feedback" / student / "04_toy.html").read_text(encoding="utf-8")
+    assert f"{points} of 5" in page and "<script" not in page
 
 
-def test_every_student_has_a_line_and_a_page(handed_in):
-    students = sorted([*HANDED_IN, "nobody", "twice"])
-    assert list(table(handed_in)) == students
-    pages = handed_in.with_name("class-grades") / "feedback"
-    for student in students:
-        page = (pages / student / "04_toy.html").read_text(encoding="utf-8")
-        assert student in page and "toy-double" in page
-        assert page.count("</html>") <= 1 and len(page) < 2e6
-    assert "three, not 4" in (pages / "tests deleted" / "04_toy.html").read_text(encoding="utf-8")
+def test_links_and_doubles_earn_nothing_and_are_told_so(graded):
+    found = grades(graded)
+    assert all(found[student]["score"] == "0" for student in ("link", "nothing", "two", "zip"))
+    assert "more than one notebook" in found["two"]["message"] and "04_toy.zip" in found["zip"]["message"]
 
 
-def test_nothing_and_too_much(handed_in):
-    lines = table(handed_in)
-    assert (lines["nobody"]["score"], lines["nobody"]["message"]) == ("0", "nothing to grade")
-    assert lines["twice"]["score"] == "0" and "more than one notebook is this lesson" in lines["twice"]["message"]
+def test_a_second_call_grades_only_what_has_changed(graded, monkeypatch):
+    asked = []
+    monkeypatch.setattr(grading, "lost_points", lambda worker, path, cells, seconds: asked.append(cells) or {"double": "changed"})
+    before = grades(graded)
+    (graded / "wrong" / "04_toy.ipynb").write_text(triple("return 5 * x"))
+    grading.grade(graded)
+    after = grades(graded)
+    assert len(asked) == 1 and after["wrong"]["message"] == "double: changed"
+    assert {name: line for name, line in after.items() if name != "wrong"} == {name: line for name, line in before.items() if name != "wrong"}
 
 
-def test_points_stand_in_columns(handed_in):
-    line = table(handed_in)["syntax error"]
-    assert list(line) == ["student", "lesson", "toy-double", "toy-triple", "score", "max", "message"]
-    assert (line["lesson"], line["toy-double"], line["toy-triple"]) == ("04_toy", "2", "0")
+@pytest.mark.skipif(os.name != "posix", reason="sends the signal of Ctrl-C")
+def test_ctrl_c_keeps_the_marks_so_far(tmp_path):
+    samples(tmp_path / "class", ("04",))
+    command = [sys.executable, "-m", "classroom", "grade", str(tmp_path / "class")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert "empty" in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode in (0, 130)  # 0 if all were graded before the signal came
+    if process.returncode:
+        assert len(said.splitlines()) == 1 and "the same command goes on" in said
+    assert "empty" in grades(tmp_path / "class")
 
 
-# ---- recognising and restoring, without a kernel
+def test_errors_are_one_line_and_status_2(tmp_path):
+    for words, message in (["grade", "nowhere"], "no folder nowhere"), (["release", str(tmp_path / "x"), "99"], "there is no lesson '99'"), (
+            ["release", str(tmp_path)], "exists already"), (["grade", str(tmp_path)], "found no lesson"):
+        said = subprocess.run([sys.executable, "-m", "classroom", *words], cwd=ROOT, capture_output=True, text=True)
+        assert said.returncode == 2 and message in said.stderr and len(said.stderr.splitlines()) == 1, said.stderr
 
 
 @each_lesson
 def test_a_lesson_is_recognised_under_any_name(lesson, tmp_path):
-    exercises = {path: classroom.names_in(path)[0] for path in LESSONS}
-    nbformat.write(classroom.without_solutions(lesson), tmp_path / "99_x.ipynb")
-    assert recognise(tmp_path / "99_x.ipynb", exercises) == lesson
-
-
-def test_a_file_that_could_be_any_lesson_is_none(tmp_path):
-    exercises = {path: classroom.names_in(path)[0] for path in LESSONS}
-    for name in "homework.ipynb", "0_gating.ipynb", "my 04.ipynb":
-        (tmp_path / name).write_text("{}")
-        assert recognise(tmp_path / name, exercises) is None
-
-
-def test_folders_of_tools_are_not_submissions(tmp_path):
-    for folder in "anna/.ipynb_checkpoints", "anna/__MACOSX", ".git":
-        (tmp_path / folder).mkdir(parents=True)
-        shutil.copy(LESSONS[0], tmp_path / folder)
-    assert collect(tmp_path) == {tmp_path / "anna": {}}
-
-
-@each_lesson
-def test_an_untouched_lesson_is_restored_to_itself(lesson):
-    notebook, restored = restore(classroom.without_solutions(lesson), lesson)
-    ours = nbformat.read(lesson, 4)
-    assert not restored and [cell.id for cell in notebook.cells] == [cell.id for cell in ours.cells]
-    for cell, original in zip(notebook.cells, ours.cells):
-        assert cell.source == original.source or mark(cell).get("solution")
-
-
-def test_cells_are_known_by_their_mark_whatever_their_ids(tmp_path):
-    "Jupyter draws an id for a new cell, and some tools draw new ones on saving."
-    small_project(tmp_path)
-    ours, theirs = small_lesson(), solved(toy_double="def double(x): return x + x")
-    for number, (cell, other) in enumerate(zip(ours.cells, theirs.cells)):
-        cell.id, other.id = f"ours-{number}", f"theirs-{number}"
-    nbformat.write(ours, tmp_path / "notebooks" / "04_toy.ipynb")
-    notebook, restored = restore(theirs, tmp_path / "notebooks" / "04_toy.ipynb")
-    assert not restored and [cell.id for cell in notebook.cells] == [cell.id for cell in ours.cells]
-    assert notebook.cells[3].source == "def double(x): return x + x" and "HIDDEN" in notebook.cells[4].source
-
-
-# ---- the command
-
-
-def status(monkeypatch, capsys, *words):
-    monkeypatch.setattr(sys, "argv", ["classroom", *map(str, words)])
-    with pytest.raises(SystemExit) as end:
-        classroom.main()
-    return end.value.code, capsys.readouterr().err
-
-
-def test_errors_are_one_line_and_status_2(monkeypatch, capsys, tmp_path):
-    code, text = status(monkeypatch, capsys, "release", tmp_path / "new", "41")
-    assert code == 2 and text.startswith("makemoe.classroom: there is no lesson '41'") and text.count("\n") == 1
-    code, text = status(monkeypatch, capsys, "grade", tmp_path / "missing")
-    assert code == 2 and "there is no folder" in text
-    code, text = status(monkeypatch, capsys, "grade", tmp_path)
-    assert code == 2 and "found no lesson" in text
-    assert not list(tmp_path.iterdir())
-
-
-def test_without_nbgrader_it_says_what_to_install(monkeypatch, capsys, tmp_path):
-    monkeypatch.setitem(sys.modules, "nbgrader", None)
-    code, text = status(monkeypatch, capsys, "samples", tmp_path / "new")
-    assert code == 2 and text == "makemoe.classroom: nbgrader is missing: pip install -e '.[dev]'\n"
+    known = {path: collecting.signs(lesson_to_solve(path, answers=False, finished=False)["cells"]) for path in LESSONS}
+    file = tmp_path / "homework.ipynb"
+    handout.write_notebook(file, lesson_to_solve(lesson, answers=True, finished=True))
+    assert collecting.recognise(file, known) == lesson
