@@ -15,8 +15,14 @@ def read_submission(file):
         raise ValueError(f"{file.name} has {file.stat().st_size:,} bytes, more than {LARGEST:,}")
     try:
         cells = nbformat.reads(file.read_text(encoding="utf-8-sig"), as_version=4)["cells"]
-        return [{"cell_type": str(cell["cell_type"]), "id": str(cell.get("id", "")), "source": "".join(cell["source"]).replace("\r\n", "\n")}
-                for cell in cells]
+        return [
+            {
+                "cell_type": str(cell["cell_type"]),
+                "id": str(cell.get("id", "")),
+                "source": "".join(cell["source"]).replace("\r\n", "\n"),
+            }
+            for cell in cells
+        ]
     except Exception as error:
         raise ValueError(f"{file.name} cannot be read as a notebook ({type(error).__name__})") from None
 
@@ -48,10 +54,16 @@ def collect(folder):
     common = {sign for sign in set().union(*lessons.values()) if sum(sign in own for own in lessons.values()) > 1}
     lessons = {path: own - common for path, own in lessons.items()}
     found = {}
-    for student in sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink() and path.name[0] != "."):
+    for student in sorted(
+        path for path in folder.iterdir() if path.is_dir() and not path.is_symlink() and path.name[0] != "."
+    ):
         found[student] = {}
         for file in sorted(student.rglob("*")):
-            if file.is_file() and not IGNORED & set(file.relative_to(student).parts) and file.resolve().is_relative_to(student.resolve()):
+            if (
+                file.is_file()
+                and not IGNORED & set(file.relative_to(student).parts)
+                and file.resolve().is_relative_to(student.resolve())
+            ):
                 lesson = recognise(file, lessons) if file.suffix == ".ipynb" and not file.is_symlink() else None
                 found[student].setdefault(lesson, []).append(file)
     return found

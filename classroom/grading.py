@@ -1,95 +1,18 @@
 """Grade what students hand in: their answers, taken out of the notebooks, on the teacher's copy of the checks."""
 
 import hashlib
-import json
-import os
-import queue
-import secrets
-import shutil
-import signal
-import subprocess
-import sys
 import tempfile
-import threading
 from contextlib import suppress
 from pathlib import Path
 
 import tyro
 
 from classroom.collecting import collect, read_submission
-from classroom.handout import copy_package, lesson_to_solve, needed_modules
+from classroom.handout import lesson_to_solve
 from classroom.lessons import ROOT, exercises, find_lessons, module_of, read_cells
 from classroom.report import Result, load_results, page, printable, save_results, write_csv
 from classroom.submission import names_of, tree_of
-
-def workplace(folder, path):
-    "Fill `folder` with what an answer to the lesson `path` may use: the modules before it, its check, the data."
-    copy_package(folder, needed_modules([path]) - {module_of(path)}, [module_of(path)])
-    for name in "worker.py", "submission.py":
-        shutil.copy(Path(__file__).parent / name, folder)
-
-
-class Worker:
-    "A process that judges answers to one lesson in the folder `place`: see worker.py. It is started again when it was lost."
-
-    def __init__(self, place, module):
-        self.place, self.process = place, None
-        hidden = ROOT / "classroom" / "hidden" / f"{module}.py"
-        self.lesson = dict(module=module, hidden=hidden.read_text(encoding="utf-8"))
-
-    def start(self):
-        keep = {name: os.environ[name] for name in ("PATH", "SYSTEMROOT", "LD_LIBRARY_PATH") if name in os.environ}
-        place = str(self.place)
-        environment = keep | {"PYTHONPATH": place, "HOME": place, "MPLCONFIGDIR": place, "MPLBACKEND": "agg", "PYTHONUTF8": "1",
-                              "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "MAKEMOE_FAST": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, "worker.py"], cwd=place, env=environment, text=True, encoding="utf-8", start_new_session=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        self.lines = queue.Queue()
-        threading.Thread(target=self.read, args=(self.process.stdout, self.lines), daemon=True).start()
-        self.send(self.lesson)
-
-    @staticmethod
-    def read(output, lines):
-        for line in output:
-            lines.put(line)
-        lines.put(None)
-
-    def send(self, facts):
-        with suppress(OSError):  # if it is dead, that shows when nothing comes back
-            self.process.stdin.write(json.dumps(facts) + "\n")
-            self.process.stdin.flush()
-
-    def ask(self, task, seconds):
-        "Yields (exercise, why it fails, or None) as they are checked; (None, reason) where `seconds` pass without an answer."
-        if not self.process:
-            self.start()
-        secret = secrets.token_hex(16)
-        self.send(task | {"secret": secret})
-        try:
-            while line := self.lines.get(timeout=seconds):
-                mark, _, said = line.partition(" ")
-                if mark == secret:
-                    exercise, reason = json.loads(said)
-                    if exercise == "end":
-                        return
-                    yield exercise, reason
-        except queue.Empty:
-            yield None, "stopped, as it took too long"
-        self.stop()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.stop()
-
-    def stop(self):
-        if self.process:
-            with suppress(OSError):
-                os.killpg(self.process.pid, signal.SIGKILL) if os.name == "posix" else self.process.kill()
-            self.process.wait()
-            self.process = None
+from classroom.workplace import Worker, workplace
 
 
 def lost_points(worker, path, cells, seconds):
@@ -107,7 +30,7 @@ def lost_points(worker, path, cells, seconds):
                 todo = [other for other in todo if other != exercise]
             ready, end = ready or exercise == "ready", reason or end if exercise is None else end
         stopped = todo[:1] if ready else todo  # where one hangs or ends the process, those after it get a new one
-        lost, todo = lost | dict.fromkeys(stopped, end), todo[len(stopped):]
+        lost, todo = lost | dict.fromkeys(stopped, end), todo[len(stopped) :]
     return {exercise: reason for exercise, reason in lost.items() if reason}
 
 
@@ -118,7 +41,9 @@ def answers_in(cells, path):
         wanted = {name.split(".")[0] for name in exercise.write}
         for cell in cells:
             with suppress(SyntaxError, ValueError, RecursionError, MemoryError):
-                if cell["cell_type"] == "code" and wanted & {name for node in tree_of(cell["source"]).body for name in names_of(node)}:
+                if cell["cell_type"] == "code" and wanted & {
+                    name for node in tree_of(cell["source"]).body for name in names_of(node)
+                }:
                     found[exercise.name] = cell["source"][:20_000]
     return found
 
@@ -129,13 +54,24 @@ def grade_one(worker, path, student, files, seconds, earlier):
     result = Result(student.name, path.stem, most, lost=dict.fromkeys(most, "nothing was handed in"))
     if len(files.get(path, [])) != 1:
         others = ", ".join(file.name for file in files.get(path, files.get(None, []))[:5])
-        result.note = f"more than one notebook is this lesson: {others}; hand in one" if path in files else "nothing to grade" + f", only {others}" * bool(others)
+        result.note = (
+            f"more than one notebook is this lesson: {others}; hand in one"
+            if path in files
+            else "nothing to grade" + f", only {others}" * bool(others)
+        )
         return result
     file = files[path][0]
     try:
         stem = module_of(path)
-        ours = path, ROOT / "makemoe/checks/__init__.py", ROOT / f"makemoe/checks/{stem}.py", ROOT / f"classroom/hidden/{stem}.py"
-        result.key = hashlib.sha256(b"".join(hashlib.sha256(one.read_bytes()).digest() for one in (file, *ours))).hexdigest()
+        ours = (
+            path,
+            ROOT / "makemoe/checks/__init__.py",
+            ROOT / f"makemoe/checks/{stem}.py",
+            ROOT / f"classroom/hidden/{stem}.py",
+        )
+        result.key = hashlib.sha256(
+            b"".join(hashlib.sha256(one.read_bytes()).digest() for one in (file, *ours))
+        ).hexdigest()
         if earlier and earlier.key == result.key:
             return earlier
         cells = read_submission(file)
@@ -147,7 +83,9 @@ def grade_one(worker, path, student, files, seconds, earlier):
     return result
 
 
-def grade(submissions: tyro.conf.Positional[Path], lessons: tyro.conf.Positional[tuple[str, ...]] = (), seconds: int = 60):
+def grade(
+    submissions: tyro.conf.Positional[Path], lessons: tyro.conf.Positional[tuple[str, ...]] = (), seconds: int = 60
+):
     """Grade a folder of submissions: a table of marks and a page for each student, in SUBMISSIONS-grades.
 
     A second call grades only what has changed. This runs the students' code: use a machine or a container that you
@@ -161,9 +99,13 @@ def grade(submissions: tyro.conf.Positional[Path], lessons: tyro.conf.Positional
     if not submissions.is_dir():
         raise FileNotFoundError(f"there is no folder {submissions}")
     handed_in = collect(submissions)
-    chosen = find_lessons(lessons) if lessons else sorted({path for files in handed_in.values() for path in files if path})
+    chosen = (
+        find_lessons(lessons) if lessons else sorted({path for files in handed_in.values() for path in files if path})
+    )
     if not chosen:
-        raise ValueError(f"found no lesson in {submissions}: it should look like {submissions / 'anna' / '04_gating.ipynb'}")
+        raise ValueError(
+            f"found no lesson in {submissions}: it should look like {submissions / 'anna' / '04_gating.ipynb'}"
+        )
     for file in submissions.glob("*.ipynb"):
         print(f"{printable(file.name)} lies in no student's folder: left out")
 
@@ -184,5 +126,7 @@ def grade(submissions: tyro.conf.Positional[Path], lessons: tyro.conf.Positional
                     write_csv(out / "grades.csv", list(results.values()))
                     print(printable(f"{student.name}, {path.stem}: {result.total} {result.note}").rstrip(), flush=True)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"stopped; the marks so far are in {out / 'grades.csv'}, and the same command goes on") from None
+        raise KeyboardInterrupt(
+            f"stopped; the marks so far are in {out / 'grades.csv'}, and the same command goes on"
+        ) from None
     print(f"{out / 'grades.csv'}: the marks\n{out / 'feedback'}: a page for each student")

@@ -24,10 +24,13 @@ def code(name, text):
 def announcement(exercise):
     "The cell that stands before a stub."
     names = " and ".join(f"`{name}`" for name in exercise.write)
-    return markdown(f"{exercise.cell}-exercise",
-                    f"#### ✎ Your turn: {names}\n\n{'★' * exercise.stars} · {exercise.minutes} minutes · {exercise.points} points. "
-                    "Write what the docstring in the next cell promises, in place of `raise NotImplementedError`, and run "
-                    "the cell. Then run the check below it.")
+    return markdown(
+        f"{exercise.cell}-exercise",
+        f"#### ✎ Your turn: {names}\n\n{'★' * exercise.stars} · {exercise.minutes} minutes · "
+        f"{exercise.points} points. "
+        "Write what the docstring in the next cell promises, in place of `raise NotImplementedError`, and run "
+        "the cell. Then run the check below it.",
+    )
 
 
 def folded(title, text):
@@ -46,8 +49,11 @@ def help_for(exercise, answer):
 def go_on(exercise, module, source):
     "The cell below the check of an exported exercise, for who wants to go on without having solved it."
     names = [node.name for node in ast.parse(source).body if hasattr(node, "name")]
-    return code(f"{exercise.cell}-go-on", "# To go on without your own answer, remove the # below and run this cell.\n"
-                                          f"# from makemoe.{module} import {', '.join(names)}")
+    return code(
+        f"{exercise.cell}-go-on",
+        "# To go on without your own answer, remove the # below and run this cell.\n"
+        f"# from makemoe.{module} import {', '.join(names)}",
+    )
 
 
 def lesson_to_solve(path, answers, finished):
@@ -63,8 +69,11 @@ def lesson_to_solve(path, answers, finished):
     for cell in cells:
         if exercise := known.get(cell["id"]):
             answer = cell["source"].removeprefix("#| export\n")
-            result += [announcement(exercise), cell | {"source": stub(cell["source"], exercise), "outputs": []},
-                       help_for(exercise, answer if answers else "")]
+            result += [
+                announcement(exercise),
+                cell | {"source": stub(cell["source"], exercise), "outputs": []},
+                help_for(exercise, answer if answers else ""),
+            ]
         elif exercise := checked.get(cell["id"]):
             result.append(cell | {"outputs": []})
             if finished and sources[exercise.cell].startswith("#| export"):
@@ -111,14 +120,21 @@ def needed_modules(lessons):
         waiting |= (imported_modules(code) | imported_modules(check)) - {module_of(path)}
     while waiting := waiting - found:
         found |= waiting
-        waiting = set().union(*(imported_modules((ROOT / "makemoe" / f"{name}.py").read_text(encoding="utf-8")) for name in waiting))
+        waiting = set().union(
+            *(imported_modules((ROOT / "makemoe" / f"{name}.py").read_text(encoding="utf-8")) for name in waiting)
+        )
     return found
 
 
 def copy_package(out, modules, checks):
     "Copy these modules of the package and these checks into `out`, with the data that lessons read."
     (out / "makemoe" / "checks").mkdir(parents=True)
-    names = ["__init__.py", *(f"{name}.py" for name in modules), "checks/__init__.py", *(f"checks/{name}.py" for name in checks)]
+    names = [
+        "__init__.py",
+        *(f"{name}.py" for name in modules),
+        "checks/__init__.py",
+        *(f"checks/{name}.py" for name in checks),
+    ]
     for name in names:
         shutil.copy(ROOT / "makemoe" / name, out / "makemoe" / name)
     for name in "data", "benchmarks/results":
@@ -141,7 +157,9 @@ def release(out: tyro.conf.Positional[Path], lessons: tyro.conf.Positional[tuple
     shutil.copy(ROOT / "requirements.txt", out)
     (out / "notebooks").mkdir()
     for path in chosen:
-        write_notebook(out / "notebooks" / path.name, lesson_to_solve(path, answers=False, finished=module_of(path) in modules))
+        write_notebook(
+            out / "notebooks" / path.name, lesson_to_solve(path, answers=False, finished=module_of(path) in modules)
+        )
     print(f"{out}: {', '.join(path.stem for path in chosen)}")
     print(f"finished modules in it: {', '.join(modules)}")
 
@@ -160,7 +178,7 @@ def samples(out: tyro.conf.Positional[Path], lessons: tyro.conf.Positional[tuple
         for student, share in ("full", 1), ("half", 1 / 2), ("empty", 0):
             notebook = lesson_to_solve(path, answers=False, finished=False)
             for cell in notebook["cells"]:
-                if cell["id"] in known[:int(share * len(known))]:
+                if cell["id"] in known[: int(share * len(known))]:
                     cell["source"] = solved[cell["id"]].splitlines(keepends=True)
             (out / student).mkdir(parents=True, exist_ok=True)
             write_notebook(out / student / path.name, notebook)

@@ -1,4 +1,4 @@
-"""The lessons as a teacher sees them: which exercises they hold, what is written there, and what students get instead."""
+"""The exercises of a lesson: what is written there, and what students get instead."""
 
 import ast
 import json
@@ -69,10 +69,12 @@ def stub(source, exercise):
         functions[getattr(node, "name", None)] = node
         for method in node.body if isinstance(node, ast.ClassDef) else []:
             functions[f"{node.name}.{getattr(method, 'name', None)}"] = method
-    for name in sorted(exercise.write, key=lambda name: -functions[name].lineno):  # from below, so that lines keep their numbers
+    for name in sorted(
+        exercise.write, key=lambda name: -functions[name].lineno
+    ):  # from below, so that lines keep their numbers
         function = functions[name]
         given = (ast.get_docstring(function) is not None) + exercise.given.get(name, 0)
         first = function.body[given].lineno - 1 if given == 0 else function.body[given - 1].end_lineno
         indent = " " * function.body[0].col_offset
-        lines[first:function.end_lineno] = [f"{indent}raise NotImplementedError"]
+        lines[first : function.end_lineno] = [f"{indent}raise NotImplementedError"]
     return "\n".join(lines)

@@ -66,15 +66,23 @@ def write_csv(path, results):
 
 def page(result):
     "The page for a student. Nothing in it is taken from a submission unescaped, and it can load nothing."
-    rows = "".join(f"<tr><td>{exercise}</td><td>{result.points[exercise]:g} of {most:g}</td>"
-                   f"<td>{html.escape(printable(result.lost.get(exercise, '')))}</td></tr>" for exercise, most in result.most.items())
-    code = "".join(f"<h2>{exercise}</h2><pre>{html.escape(printable_lines(source))}</pre>" for exercise, source in result.answers.items())
-    return (f"<!DOCTYPE html><html lang='en'><meta charset='utf-8'><meta http-equiv='Content-Security-Policy' "
-            f"content=\"default-src 'none'; style-src 'unsafe-inline'\"><title>{result.lesson}</title><style>"
-            f"body {{ font-family: sans-serif; max-width: 60em; margin: 2em auto }} td {{ padding: 2px 20px 2px 0; "
-            f"vertical-align: top }} pre {{ background: #f4f4f4; padding: 1em; overflow-x: auto }}</style>"
-            f"<h1>{result.lesson}: {result.total}</h1><p>{html.escape(printable(result.student))}</p>"
-            f"<p>{html.escape(printable(result.note))}</p><table>{rows}</table>{code}</html>\n")
+    rows = "".join(
+        f"<tr><td>{exercise}</td><td>{result.points[exercise]:g} of {most:g}</td>"
+        f"<td>{html.escape(printable(result.lost.get(exercise, '')))}</td></tr>"
+        for exercise, most in result.most.items()
+    )
+    code = "".join(
+        f"<h2>{exercise}</h2><pre>{html.escape(printable_lines(source))}</pre>"
+        for exercise, source in result.answers.items()
+    )
+    return (
+        f"<!DOCTYPE html><html lang='en'><meta charset='utf-8'><meta http-equiv='Content-Security-Policy' "
+        f"content=\"default-src 'none'; style-src 'unsafe-inline'\"><title>{result.lesson}</title><style>"
+        f"body {{ font-family: sans-serif; max-width: 60em; margin: 2em auto }} td {{ padding: 2px 20px 2px 0; "
+        f"vertical-align: top }} pre {{ background: #f4f4f4; padding: 1em; overflow-x: auto }}</style>"
+        f"<h1>{result.lesson}: {result.total}</h1><p>{html.escape(printable(result.student))}</p>"
+        f"<p>{html.escape(printable(result.note))}</p><table>{rows}</table>{code}</html>\n"
+    )
 
 
 def printable_lines(text):

@@ -47,14 +47,18 @@ def statements(cells, released, answers):
         try:
             body = tree_of(source).body
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            reason = f"cell {number} is not Python: {getattr(error, 'msg', error)}, line {getattr(error, 'lineno', '?')}"
+            reason = (
+                f"cell {number} is not Python: {getattr(error, 'msg', error)}, line {getattr(error, 'lineno', '?')}"
+            )
             problems |= {name: reason for name in answers if name in source}
             continue
         names = {name for node in body for name in names_of(node)}
         whole = source.startswith("#| export") or names & answers
         for node in body:
             defines = isinstance(node, (ast.FunctionDef, ast.ClassDef))
-            plain = isinstance(node, (ast.Assign, ast.AnnAssign)) and not any(isinstance(part, ast.Call) for part in ast.walk(node))
+            plain = isinstance(node, (ast.Assign, ast.AnnAssign)) and not any(
+                isinstance(part, ast.Call) for part in ast.walk(node)
+            )
             own = source.strip() not in released and (defines or plain)
             if isinstance(node, (ast.Import, ast.ImportFrom)) or whole or own:
                 if defines and node.name in answers and node.name in written and is_stub(node):

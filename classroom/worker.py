@@ -1,8 +1,8 @@
 """The process in which students' code runs. It is told what to check on standard input, and knows no answers.
 
-Before their code runs, this process gives up what an answer does not need: reading files outside of the workplace and of
-Python itself, writing, starting programs, the network, foreign functions. That is done with an audit hook of Python, which
-stops what students are known to try; code that is written to break out of Python will break out.
+Before their code runs, this process gives up what an answer does not need: reading files outside of the workplace
+and of Python itself, writing, starting programs, the network, foreign functions. That is done with an audit hook of
+Python, which stops what students are known to try; code that is written to break out of Python will break out.
 """
 
 import builtins
@@ -18,14 +18,38 @@ import submission  # copied beside this file
 import torch
 from submission import build, verdict
 
-FORBIDDEN = ("subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.startfile", "os.fork", "os.kill",
-             "pty.", "socket.", "ctypes.", "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink",
-             "os.chmod", "os.chown", "os.truncate", "os.putenv", "shutil.", "sys.setprofile", "sys.settrace", "gc.get_",
-             "sys._current_frames")
+FORBIDDEN = (
+    "subprocess.",
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.spawn",
+    "os.startfile",
+    "os.fork",
+    "os.kill",
+    "pty.",
+    "socket.",
+    "ctypes.",
+    "os.remove",
+    "os.rename",
+    "os.rmdir",
+    "os.mkdir",
+    "os.link",
+    "os.symlink",
+    "os.chmod",
+    "os.chown",
+    "os.truncate",
+    "os.putenv",
+    "shutil.",
+    "sys.setprofile",
+    "sys.settrace",
+    "gc.get_",
+    "sys._current_frames",
+)
 
 
 def guard(readable, closed):
-    "From now on, only files below the folders `readable` and not below `closed` can be read, and nothing can be written."
+    "From now on, only files below the folders `readable`, but not below `closed`, can be read, and none written."
     folders = tuple(os.path.realpath(folder) + os.sep for folder in readable)
     closed = os.path.realpath(closed) + os.sep
 
@@ -59,7 +83,7 @@ def fingerprint(modules):
 
 
 def judge(task, modules, say):
-    "Build the answers of one submission and check them. From here on this process is not to be trusted with anything else."
+    "Build the answers of one submission and check them. After that this process cannot be trusted any more."
     shown, hidden = modules[:2]
     before = fingerprint(modules)
     here = Path(__file__).resolve().parent
@@ -75,11 +99,16 @@ def judge(task, modules, say):
         raise NotImplementedError
 
     for exercise in task["exercises"]:
-        checks = [getattr(module, f"check_{exercise}") for module in (shown, hidden) if hasattr(module, f"check_{exercise}")]
+        checks = [
+            getattr(module, f"check_{exercise}") for module in (shown, hidden) if hasattr(module, f"check_{exercise}")
+        ]
         reason = next(filter(None, (verdict(check, names, problems) for check in checks)), None)
         after = fingerprint(modules)
-        changed = [f"{getattr(where, '__name__', where)}.{name}" for where, name in before
-                   if after.get((where, name)) != before[where, name]]
+        changed = [
+            f"{getattr(where, '__name__', where)}.{name}"
+            for where, name in before
+            if after.get((where, name)) != before[where, name]
+        ]
         if changed:
             reason = f"the code changes {', '.join(changed[:3])}, which the check relies on"
         elif any(verdict(check, dict.fromkeys(names, stubbed)) is None for check in checks):
@@ -95,7 +124,9 @@ def main():
     os.dup2(silence, 1)
     os.dup2(silence, 2)
     torch.set_num_threads(1)
-    sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in repr(finder)]  # the teacher's package
+    sys.meta_path[:] = [
+        finder for finder in sys.meta_path if "__editable__" not in repr(finder)
+    ]  # the teacher's package
     shown = importlib.import_module(f"makemoe.checks.{lesson['module']}")
     hidden = types.ModuleType("hidden")
     exec(compile(lesson["hidden"], "<hidden>", "exec"), hidden.__dict__)

@@ -49,7 +49,9 @@ def imported(tree):
         elif isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
     parts = [name.split(".") for name in names if name.split(".")[0] == "makemoe"]
-    files = [ROOT.joinpath(*part).with_suffix(".py") for part in parts] + [ROOT.joinpath(*part, "__init__.py") for part in parts]
+    files = [ROOT.joinpath(*part).with_suffix(".py") for part in parts] + [
+        ROOT.joinpath(*part, "__init__.py") for part in parts
+    ]
     return {file for file in files if file.is_file()}
 
 
@@ -88,10 +90,16 @@ def run(lesson):
             cell.execution_count = None
             cell.metadata.pop("execution", None)
             for output in cell.outputs:
-                output.pop("execution_count", None) if output.output_type != "execute_result" else output.update(execution_count=None)
+                output.pop("execution_count", None) if output.output_type != "execute_result" else output.update(
+                    execution_count=None
+                )
                 if "image/png" in output.get("data", {}):
                     output.data["image/png"] = smaller(output.data["image/png"])
-    notebook.metadata = {"kernelspec": notebook.metadata.kernelspec, "language_info": {"name": "python"}, "stamp": stamp(lesson)}
+    notebook.metadata = {
+        "kernelspec": notebook.metadata.kernelspec,
+        "language_info": {"name": "python"},
+        "stamp": stamp(lesson),
+    }
     text = json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True)
     lesson.write_text(nbformat.writes(nbformat.from_dict(json.loads(text))) + "\n", encoding="utf-8")
 

@@ -12,7 +12,9 @@ from tests.answers import lesson, marks
 
 BANK = sorted(path.stem for path in (Path(__file__).parent / "answers").glob("[a-z]*.py"))
 ANSWERS = {module: importlib.import_module(f"tests.answers.{module}").ANSWERS for module in BANK}
-ALL = [(module, exercise, name) for module in BANK for exercise in ANSWERS[module] for name in ANSWERS[module][exercise]]
+ALL = [
+    (module, exercise, name) for module in BANK for exercise in ANSWERS[module] for name in ANSWERS[module][exercise]
+]
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +35,9 @@ def test_every_exercise_has_right_and_wrong_answers(module):
     assert set(ANSWERS[module]) == set(lesson(module)[1])
     for exercise, answers in ANSWERS[module].items():
         right = sum(name.startswith("right") for name in answers)
-        assert right >= 2 and 5 <= len(answers) - right <= 15, f"{exercise}: {right} right, {len(answers) - right} wrong"
+        assert right >= 2 and 5 <= len(answers) - right <= 15, (
+            f"{exercise}: {right} right, {len(answers) - right} wrong"
+        )
         assert marks(module, exercise) is None
 
 

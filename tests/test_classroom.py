@@ -7,16 +7,14 @@ import ast
 import csv
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
-from classroom import collecting, grading, handout, lessons
+from classroom import collecting, grading, handout, lessons, workplace
 from classroom.handout import learn, lesson_to_solve, needed_modules, release, samples
 from classroom.lessons import ROOT, exercises, find_lessons, module_of, read_cells, stub
 
@@ -25,6 +23,7 @@ each_lesson = pytest.mark.parametrize("lesson", LESSONS, ids=lambda path: path.s
 
 
 # what is given
+
 
 def answers_of(lesson):
     "(exercise, the cell that answers it) of a lesson."
@@ -38,7 +37,7 @@ def body_of(source, name):
     for part in name.split("."):
         node = next(node for node in nodes if getattr(node, "name", None) == part)
         nodes = node.body
-    return [ast.unparse(statement) for statement in nodes[ast.get_docstring(node) is not None:]]
+    return [ast.unparse(statement) for statement in nodes[ast.get_docstring(node) is not None :]]
 
 
 @each_lesson
@@ -60,9 +59,14 @@ def test_a_lesson_gives_10_to_20_points_and_names_no_exercise_twice(lesson):
 
 @each_lesson
 def test_a_learner_gets_hints_answers_and_pictures_and_a_student_no_answers(lesson):
-    mine, theirs = lesson_to_solve(lesson, answers=True, finished=True), lesson_to_solve(lesson, answers=False, finished=False)
-    pictures = [sum("image/png" in output.get("data", {}) for cell in cells for output in cell.get("outputs", []))
-                for cells in (read_cells(lesson), mine["cells"], theirs["cells"])]
+    mine, theirs = (
+        lesson_to_solve(lesson, answers=True, finished=True),
+        lesson_to_solve(lesson, answers=False, finished=False),
+    )
+    pictures = [
+        sum("image/png" in output.get("data", {}) for cell in cells for output in cell.get("outputs", []))
+        for cells in (read_cells(lesson), mine["cells"], theirs["cells"])
+    ]
     assert pictures[0] > 0 and len(set(pictures)) == 1
     texts = ["".join(part for cell in notebook["cells"] for part in cell["source"]) for notebook in (mine, theirs)]
     for exercise, cell in answers_of(lesson):
@@ -79,13 +83,15 @@ def test_learn_never_writes_over_what_is_there(tmp_path, capsys):
     (tmp_path / "learn" / LESSONS[0].name).write_text("mine")
     (tmp_path / "learn" / LESSONS[1].name).unlink()
     learn(tmp_path / "learn")
-    assert (tmp_path / "learn" / LESSONS[0].name).read_text() == "mine" and (tmp_path / "learn" / LESSONS[1].name).exists()
+    assert (tmp_path / "learn" / LESSONS[0].name).read_text() == "mine" and (
+        tmp_path / "learn" / LESSONS[1].name
+    ).exists()
     assert f"1 new lessons, {len(LESSONS) - 1} that were there" in capsys.readouterr().out
 
 
 @each_lesson
 def test_one_lesson_ships_modules_of_earlier_ones_only(lesson):
-    earlier = {module_of(path) for path in LESSONS[:LESSONS.index(lesson)]} | {"lab"}
+    earlier = {module_of(path) for path in LESSONS[: LESSONS.index(lesson)]} | {"lab"}
     if module_of(lesson) != "lab":  # it shows the finished model: it alone looks ahead
         assert needed_modules([lesson]) <= earlier
 
@@ -93,7 +99,11 @@ def test_one_lesson_ships_modules_of_earlier_ones_only(lesson):
 def test_a_release_stands_alone_and_holds_nothing_of_the_teacher(tmp_path):
     out = tmp_path / "week4"
     release(out, ("04",))
-    assert not (out / "makemoe" / "gating.py").exists() and not list(out.rglob("hidden")) and not list(out.rglob("answers"))
+    assert (
+        not (out / "makemoe" / "gating.py").exists()
+        and not list(out.rglob("hidden"))
+        and not list(out.rglob("answers"))
+    )
     code = "import makemoe.checks.gating, makemoe.experts; print(makemoe.checks.__file__)"
     where = subprocess.run([sys.executable, "-c", code], cwd=out, capture_output=True, text=True, check=True).stdout
     assert where.startswith(str(out))
@@ -106,10 +116,10 @@ def test_a_release_stands_alone_and_holds_nothing_of_the_teacher(tmp_path):
 LESSON = {
     "imports": "#| export\nimport torch",
     "helper": "def loop_double(x):\n    return torch.stack([2 * one for one in x])",
-    "double": "#| export\ndef double(x):\n    \"Twice x, a tensor.\"\n    return 2 * x",
+    "double": '#| export\ndef double(x):\n    "Twice x, a tensor."\n    return 2 * x',
     "double-check": "check_double(double)",
     "train": "assert False, 'nothing here is run when answers are graded'",
-    "triple": "#| export\ndef triple(x):\n    \"Three times x, a tensor.\"\n    return double(x) + x",
+    "triple": '#| export\ndef triple(x):\n    "Three times x, a tensor."\n    return double(x) + x',
     "triple-check": "check_triple(triple)",
 }
 CHECK = """
@@ -125,14 +135,18 @@ def check_{name}({name}):
 
 def notebook(sources):
     "A notebook as JSON: {id: source}, where the ids of prose begin with text."
-    cells = [dict(cell_type="markdown" if name.startswith("text") else "code", id=name, metadata={}, source=source)
-             for name, source in sources.items()]
+    cells = [
+        dict(cell_type="markdown" if name.startswith("text") else "code", id=name, metadata={}, source=source)
+        for name, source in sources.items()
+    ]
     for cell in cells:
         if cell["cell_type"] == "code":
             cell |= dict(outputs=[], execution_count=None)
         if cell["id"] in ("double", "triple"):
             points = {"double": 2, "triple": 3}[cell["id"]]
-            cell["metadata"] = {"exercise": dict(write=[cell["id"]], points=points, stars=1, minutes=5, hint="Think of a product.")}
+            cell["metadata"] = {
+                "exercise": dict(write=[cell["id"]], points=points, stars=1, minutes=5, hint="Think of a product.")
+            }
     return dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)
 
 
@@ -147,16 +161,19 @@ def project(tmp_path_factory):
         (root / name).write_text("")
     shutil.copy(ROOT / "makemoe/checks/__init__.py", root / "makemoe/checks")
     for folder, values in ("makemoe/checks", (1.0, 5.0)), ("classroom/hidden", (2.0, 4.0)):
-        text = "".join(CHECK.format(name=name, times=times, value=value) for (name, times), value in zip((("double", 2), ("triple", 3)), values))
+        text = "".join(
+            CHECK.format(name=name, times=times, value=value)
+            for (name, times), value in zip((("double", 2), ("triple", 3)), values)
+        )
         (root / folder / "toy.py").write_text(text)
     with pytest.MonkeyPatch.context() as patch:
-        for module in lessons, handout, grading:
+        for module in lessons, handout, workplace, grading:
             patch.setattr(module, "ROOT", root)
         yield root
 
 
 def solved(**changes):
-    "The lesson as a good student hands it in, but for `changes`: {id, with _ for -: source, or None for a cell that is gone}."
+    "The lesson as a good student hands it in, but for `changes`: {id, with _ for -: source, or None if it is gone}."
     changes = {name.replace("_", "-"): source for name, source in changes.items()}
     return json.dumps(notebook({name: source for name, source in {**LESSON, **changes}.items() if source is not None}))
 
@@ -168,29 +185,49 @@ def triple(body):
 
 def old_version():
     "As a tool of 2014 would write it: version 3, no ids."
-    cells = [dict(cell_type="code", input=source, outputs=[], language="python", metadata={}) for source in LESSON.values()]
+    cells = [
+        dict(cell_type="code", input=source, outputs=[], language="python", metadata={}) for source in LESSON.values()
+    ]
     return json.dumps(dict(nbformat=3, nbformat_minor=0, metadata={}, worksheets=[dict(cells=cells, metadata={})]))
 
 
 def without_ids():
     "As Colab hands it out: no ids, no metadata of ours."
     made = notebook(LESSON)
-    made["cells"] = [{name: value for name, value in cell.items() if name != "id"} | {"metadata": {"id": "x"}} for cell in made["cells"]]
+    made["cells"] = [
+        {name: value for name, value in cell.items() if name != "id"} | {"metadata": {"id": "x"}}
+        for cell in made["cells"]
+    ]
     return json.dumps(made | {"nbformat_minor": 0})
 
 
 SLEEP = "import time\nwhile True: time.sleep(1)"
 HANDED_IN = {  # student: (what is handed in, points, words of the message)
     "full": (solved(), 5, ""),
-    "empty": (solved(double="def double(x):\n    raise NotImplementedError", triple="def triple(x):\n    raise NotImplementedError"), 0, "not written yet"),
+    "empty": (
+        solved(
+            double="def double(x):\n    raise NotImplementedError",
+            triple="def triple(x):\n    raise NotImplementedError",
+        ),
+        0,
+        "not written yet",
+    ),
     "wrong": (triple("return 4 * x"), 2, "triple: it is 3 times as much"),
-    "only what can be seen": (solved(double="def double(x): return torch.tensor([2.0])"), 0, "double: it is 2 times as much"),
+    "only what can be seen": (
+        solved(double="def double(x): return torch.tensor([2.0])"),
+        0,
+        "double: it is 2 times as much",
+    ),
     "version 3": (old_version(), 5, ""),
     "no ids": (without_ids(), 5, ""),
     "mark at the front": ("\ufeff" + solved(), 5, ""),
     "windows": (solved().replace("\\n", "\\r\\n"), 5, ""),
     "stub pasted below": (solved(again="def triple(x):\n    raise NotImplementedError"), 5, ""),
-    "helper added": (solved(mine="FACTOR = 3\ndef times(x): return FACTOR * x", triple="def triple(x): return times(x)"), 5, ""),
+    "helper added": (
+        solved(mine="FACTOR = 3\ndef times(x): return FACTOR * x", triple="def triple(x): return times(x)"),
+        5,
+        "",
+    ),
     "checks deleted": (solved(double_check=None, triple_check="check_triple = print"), 5, ""),
     "syntax error": (solved(triple="def triple(x:\n"), 2, "triple: cell 6 is not Python"),
     "magic": (solved(triple="%time\n!pip install nothing\ndef triple(x): return 3 * x"), 5, ""),
@@ -208,12 +245,32 @@ HANDED_IN = {  # student: (what is handed in, points, words of the message)
     "a foreign function": (triple("import ctypes; ctypes.CDLL(None)\nreturn 3 * x"), 2, "may not"),
     "looks at the caller": (triple("import sys; sys._getframe(1)\nreturn 3 * x"), 2, "may not look"),
     "imports the check": (triple("import makemoe.checks.toy\nreturn 3 * x"), 2, "triple:"),
-    "reads the check": (triple("import makemoe\nopen(makemoe.__path__[0] + '/checks/toy.py')\nreturn 3 * x"), 2, "may not read"),
-    "isclose patched": (triple("torch.isclose = lambda a, b, **_: torch.ones(1) > 0\nreturn x"), 2, "the code changes torch.isclose"),
+    "reads the check": (
+        triple("import makemoe\nopen(makemoe.__path__[0] + '/checks/toy.py')\nreturn 3 * x"),
+        2,
+        "may not read",
+    ),
+    "isclose patched": (
+        triple("torch.isclose = lambda a, b, **_: torch.ones(1) > 0\nreturn x"),
+        2,
+        "the code changes torch.isclose",
+    ),
     "any patched": (triple("torch.Tensor.any = lambda self: False\nreturn x"), 2, "the code changes Tensor.attributes"),
-    "builtin patched": (triple("import builtins; builtins.float = lambda x: 1.0\nreturn x"), 2, "the code changes builtins.float"),
-    "equal to everything": (triple("class Yes(torch.Tensor):\n    __eq__ = lambda *_: True\nreturn torch.zeros(1).as_subclass(Yes)"), 2, "should be a tensor"),
-    "script": (solved(text="<script>alert(1)</script>", triple="def triple(x): return 'x</pre><script>alert(2)</script>'"), 2, "<script>"),
+    "builtin patched": (
+        triple("import builtins; builtins.float = lambda x: 1.0\nreturn x"),
+        2,
+        "the code changes builtins.float",
+    ),
+    "equal to everything": (
+        triple("class Yes(torch.Tensor):\n    __eq__ = lambda *_: True\nreturn torch.zeros(1).as_subclass(Yes)"),
+        2,
+        "should be a tensor",
+    ),
+    "script": (
+        solved(text="<script>alert(1)</script>", triple="def triple(x): return 'x</pre><script>alert(2)</script>'"),
+        2,
+        "<script>",
+    ),
     "deep": ("[" * 200_000, 0, "cannot be read as a notebook"),
     "empty file": ("", 0, "cannot be read as a notebook"),
     "odd": ("[1, 2]", 0, "cannot be read as a notebook"),
@@ -237,7 +294,10 @@ def graded(project, tmp_path_factory):
     for student, (text, _, _) in HANDED_IN.items():
         (folder / student).mkdir(parents=True)
         path = folder / student / "04_toy.ipynb"
-        path.write_text(text.replace("ROOT", repr(str(project / "notebooks" / "04_toy.ipynb"))[1:-1].join(["'"] * 2)), encoding="utf-8")
+        path.write_text(
+            text.replace("ROOT", repr(str(project / "notebooks" / "04_toy.ipynb"))[1:-1].join(["'"] * 2)),
+            encoding="utf-8",
+        )
     for student in "link", "nothing", "two", "zip":
         (folder / student).mkdir()
     (folder / "link" / "04_toy.ipynb").symlink_to(folder / "full" / "04_toy.ipynb")
@@ -251,7 +311,9 @@ def graded(project, tmp_path_factory):
 @pytest.mark.parametrize("student", HANDED_IN, ids=ascii)
 def test_what_is_handed_in_earns(student, graded):
     _, points, words = HANDED_IN[student]
-    shown = {"=1+1": "'=1+1", "Ünal\nAnna": "Ünal Anna", os.fsdecode(b"not \xff utf-8"): "not ? utf-8"}.get(student, student)
+    shown = {"=1+1": "'=1+1", "Ünal\nAnna": "Ünal Anna", os.fsdecode(b"not \xff utf-8"): "not ? utf-8"}.get(
+        student, student
+    )
     line = grades(graded)[shown]
     assert (line["score"], line["max"]) == (str(points), "5"), line["message"]
     assert words in line["message"]
@@ -267,13 +329,17 @@ def test_links_and_doubles_earn_nothing_and_are_told_so(graded):
 
 def test_a_second_call_grades_only_what_has_changed(graded, monkeypatch):
     asked = []
-    monkeypatch.setattr(grading, "lost_points", lambda worker, path, cells, seconds: asked.append(cells) or {"double": "changed"})
+    monkeypatch.setattr(
+        grading, "lost_points", lambda worker, path, cells, seconds: asked.append(cells) or {"double": "changed"}
+    )
     before = grades(graded)
     (graded / "wrong" / "04_toy.ipynb").write_text(triple("return 5 * x"))
     grading.grade(graded)
     after = grades(graded)
     assert len(asked) == 1 and after["wrong"]["message"] == "double: changed"
-    assert {name: line for name, line in after.items() if name != "wrong"} == {name: line for name, line in before.items() if name != "wrong"}
+    assert {name: line for name, line in after.items() if name != "wrong"} == {
+        name: line for name, line in before.items() if name != "wrong"
+    }
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends the signal of Ctrl-C")
@@ -291,8 +357,12 @@ def test_ctrl_c_keeps_the_marks_so_far(tmp_path):
 
 
 def test_errors_are_one_line_and_status_2(tmp_path):
-    for words, message in (["grade", "nowhere"], "no folder nowhere"), (["release", str(tmp_path / "x"), "99"], "there is no lesson '99'"), (
-            ["release", str(tmp_path)], "exists already"), (["grade", str(tmp_path)], "found no lesson"):
+    for words, message in (
+        (["grade", "nowhere"], "no folder nowhere"),
+        (["release", str(tmp_path / "x"), "99"], "there is no lesson '99'"),
+        (["release", str(tmp_path)], "exists already"),
+        (["grade", str(tmp_path)], "found no lesson"),
+    ):
         said = subprocess.run([sys.executable, "-m", "classroom", *words], cwd=ROOT, capture_output=True, text=True)
         assert said.returncode == 2 and message in said.stderr and len(said.stderr.splitlines()) == 1, said.stderr
 

@@ -72,6 +72,7 @@ def check_influence(influence):
     yield "by position nothing flows back, by choice something does"
     one, two = torch.randn(2, 16, 4)
     for priority in "position", "choice":
+
         def router(x):
             routing = top_k_gating(x, 2)
             return replace(routing, gates=routing.gates * kept_by_queue(routing, 8, priority))
@@ -79,6 +80,6 @@ def check_influence(influence):
         found = influence(router, one, two)
         expected = torch.zeros(16, 16, dtype=torch.bool)
         for s in range(16):
-            changed = torch.cat([one[:s], two[s:s + 1], one[s + 1:]])
+            changed = torch.cat([one[:s], two[s : s + 1], one[s + 1 :]])
             expected[:, s] = (router(changed).gates != router(one).gates).any(dim=-1)
         same(found, expected, f"influence by {priority}")

@@ -8,8 +8,8 @@ before the assertions that prove it:
         yield "twice three is six"
         same(double(3), 6, "double(3)")
 
-`check_double(double)` then prints `double: 1 check`, or it raises an AssertionError that names the claim and says how far
-off the answer was. A check draws its own random numbers and leaves those of the caller as they were.
+`check_double(double)` then prints `double: 1 check`, or it raises an AssertionError that names the claim and says how
+far off the answer was. A check draws its own random numbers and leaves those of the caller as they were.
 """
 
 import functools
@@ -53,7 +53,7 @@ def global_settings():
 
 @contextmanager
 def undisturbed():
-    "Random numbers from a fixed seed, and afterwards the caller's again. What holds for all of PyTorch must stay as it is."
+    "Random numbers from a fixed seed, afterwards the caller's again. PyTorch's settings must stay as they are."
     numbers = random.getstate()
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         before = global_settings()
@@ -78,7 +78,8 @@ def close(got, want, what="the answer", rtol=1e-5, atol=1e-6):
     """
     if not isinstance(want, torch.Tensor):
         assert isinstance(got, (int, float)) or isinstance(got, torch.Tensor) and got.numel() == 1, (
-            f"{what}: {short(got)}, but should be a number")
+            f"{what}: {short(got)}, but should be a number"
+        )
         got, want = torch.tensor(float(got), dtype=torch.float64), torch.tensor(float(want), dtype=torch.float64)
     assert type(got) in (torch.Tensor, torch.nn.Parameter), f"{what}: {short(got)}, but should be a tensor"
     assert got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, but should be {tuple(want.shape)}"
@@ -105,8 +106,10 @@ def same_gradients(got, want, sources, what="the answer", rtol=1e-4, atol=1e-6):
     "Assert that two tensors that were computed from the tensors in the dict `sources` have the same gradients there."
     assert got.requires_grad, f"no gradient reaches {', '.join(sources)} from {what}"
     direction = torch.randn_like(want)
-    pairs = [torch.autograd.grad(y, list(sources.values()), direction, retain_graph=True, allow_unused=True)
-             for y in (got, want)]
+    pairs = [
+        torch.autograd.grad(y, list(sources.values()), direction, retain_graph=True, allow_unused=True)
+        for y in (got, want)
+    ]
     for name, ours, theirs in zip(sources, *pairs):
         zeros = torch.zeros_like(sources[name])
         ours, theirs = (zeros if gradient is None else gradient for gradient in (ours, theirs))

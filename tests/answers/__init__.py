@@ -51,7 +51,10 @@ def handed_in(source, answer):
 def marks(module, name, answer=()):
     "What `classroom grade` says to an answer: the reason why it fails, or None. By default our own answer."
     cells, known = lesson(module)
-    theirs = [cell | {"source": handed_in(cell["source"], answer)} if cell["id"] == known[name].cell else cell for cell in cells]
+    theirs = [
+        cell | {"source": handed_in(cell["source"], answer)} if cell["id"] == known[name].cell else cell
+        for cell in cells
+    ]
     names = {part.split(".")[0] for exercise in known.values() for part in exercise.write}
     with contextlib.redirect_stdout(io.StringIO()):
         built, problems = build(theirs, {cell["source"].strip() for cell in cells}, names)
