@@ -22,47 +22,25 @@ from torch import nn
 from benchmarks.plain import PlainModel, plain_step
 from benchmarks.timing import TrainingStep, alternate, autocast, compare, describe, load, machine, peak_memory, save
 from makemoe.data import CharTokenizer, load_text, split
-from makemoe.experts import Expert
-from makemoe.gating import Routing
 from makemoe.lab import seed_everything
 from makemoe.model import MoEConfig, SparseMoELanguageModel, count_parameters
-from makemoe.training import TrainConfig, estimate_loss, train
+from makemoe.optimizers import OPTIMIZERS
+from makemoe.training import TrainConfig, TrainState, estimate_loss, train
+from makemoe.twins import dense_twin
 
 ARTICLE_LOSS = 1.7508  # makeMoE article (Sori 2024): step 4999, tiny Shakespeare
 NANOGPT_LOSS = 1.4697  # README of karpathy/nanoGPT, train_shakespeare_char on one A100
 SEEDS = 1337, 1338, 1339
+SIX_SEEDS = *SEEDS, 1340, 1341, 1342
 
 
 # contenders
 
-class DenseMLP(nn.Module):
-    "One wide MLP in the place of a mixture: the same calls, and a `Routing` in which its one expert does all the work."
-
-    def __init__(self, n_embd, n_hidden, activation, bias, dropout):
-        super().__init__()
-        self.experts = Expert(n_embd, n_hidden, activation, bias, dropout)
-
-    def forward(self, x):
-        ones = torch.ones(*x.shape[:-1], 1, device=x.device)
-        every = ones.bool()
-        return self.experts(x), Routing(ones, torch.zeros_like(ones), chosen=every, kept=every)
-
-
-def dense_twin(config, width):
-    "The model of `config` with an MLP of `width` hidden channels where the mixtures were. No router, no balance loss."
-    config = replace(config, num_experts=1, top_k=1, n_hidden=width, routed_scaling_factor=1.0, capacity_factor=None,
-                     balance_coef=0.0)
-    model = SparseMoELanguageModel(config)
-    for block in model.blocks:
-        block.moe = DenseMLP(config.n_embd, width, config.activation, config.bias, config.dropout)
-    model.init_weights()
-    return model
-
-
+MIXTURE, ACTIVE = "mixture", "dense, same active size"
 TWINS = {  # name: function of a config that makes the model
-    "mixture": SparseMoELanguageModel,
-    "mixture, capacity 1.25": lambda c: SparseMoELanguageModel(replace(c, capacity_factor=1.25, priority="position")),
-    "dense, same active size": lambda c: dense_twin(c, c.top_k * c.n_hidden),
+    MIXTURE: SparseMoELanguageModel,
+    ACTIVE: lambda c: dense_twin(c, c.top_k * c.n_hidden),
+    "mixture, capacity 1.25": lambda c: SparseMoELanguageModel(replace(c, capacity_factor=1.25)),
     "dense, same total size": lambda c: dense_twin(c, c.num_experts * c.n_hidden),
 }
 
@@ -129,7 +107,7 @@ def kept(history):
 
 # article: time to a loss
 
-QUICK = TrainConfig.laptop(steps=360, optimizer="muon", lr=1e-2, warmup=40, eval_every=20)
+QUICK = TrainConfig.laptop(steps=360, lr=1e-2, warmup=40, eval_every=20)  # for Muon
 
 
 def article(out: Path = Path("runs/bench"), device: str = "cpu", short: bool = False, seeds: tuple[int, ...] = SEEDS,
@@ -152,7 +130,7 @@ def article(out: Path = Path("runs/bench"), device: str = "cpu", short: bool = F
     held_out = len(val_ids) if not short else 8192  # characters of an evaluation
     blog = replace(blog, eval_blocks=held_out // MoEConfig.blog().block_size)
     recipe = replace(recipe, eval_blocks=held_out // model.block_size)
-    settings = dict(target=target, model=asdict(model), recipe=asdict(recipe), article=asdict(blog) | dict(clip=None))
+    settings = dict(target=target, model=asdict(model), recipe=asdict(recipe) | dict(optimizer="muon"), article=asdict(blog) | dict(clip=None))
     path = out / f"article{'-short' * short}-{device}.json"
     results = open_results(path, settings, device, short)
 
@@ -163,7 +141,7 @@ def article(out: Path = Path("runs/bench"), device: str = "cpu", short: bool = F
     if "step" not in results:
         plain = build("plain", blog.seed)
         optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-5)
-        contenders = {"ours": TrainingStep(build("ours", recipe.seed), train_ids, recipe, device),
+        contenders = {"ours": TrainingStep(build("ours", recipe.seed), train_ids, recipe, device, "muon"),
                       "plain": lambda: plain_step(plain.train(), optimizer, train_ids, blog.batch_size)}
         results["step"] = compare(alternate(contenders, 10 if short else 30, device=device), "ours")
         save(path, results)
@@ -175,7 +153,9 @@ def article(out: Path = Path("runs/bench"), device: str = "cpu", short: bool = F
         contender = build(name, seed)
         if name == "ours":
             tell = say(f"ours, seed {seed}")
-            history = train(contender, train_ids, val_ids, replace(recipe, seed=seed), on_eval=tell)
+            state = TrainState(contender, recipe, OPTIMIZERS["muon"](contender, recipe))
+            state.order.manual_seed(seed)
+            history = train(contender, train_ids, val_ids, replace(recipe, seed=seed), on_eval=tell, state=state)
         else:
             history = train_plain(contender, train_ids, val_ids, blog, on_eval=say("plain"))
         reached = next((record["step"] for record in history if record["val_loss"] <= target), None)
@@ -186,28 +166,31 @@ def article(out: Path = Path("runs/bench"), device: str = "cpu", short: bool = F
 
 # twins: mixture or dense
 
-def twins(out: Path = Path("runs/bench"), device: str = "cpu", short: bool = False, seeds: tuple[int, ...] = SEEDS,
+def twins(out: Path = Path("runs/bench"), device: str = "cpu", short: bool = False, seeds: tuple[int, ...] = SIX_SEEDS,
           text: str = "shakespeare", model: MoEConfig = MoEConfig.laptop(),
-          recipe: TrainConfig = TrainConfig.laptop(eval_blocks=512)):
+          recipe: TrainConfig = TrainConfig.laptop(eval_blocks=512), rates: tuple[float, ...] = (1.5e-3, 3e-3, 6e-3)):
     """A mixture against itself with capacity and against dense twins, at equal steps and at equal seconds.
 
-    At equal seconds a contender makes as many steps as fit into the time of the mixture; its learning rate falls to the
-    last of them.
+    First the mixture and its twin of equal active size are trained once at each learning rate. Then all are trained at
+    the rate of `recipe` with each seed. At equal seconds a contender makes as many steps as fit into the time of the
+    mixture; its learning rate falls to the last of them.
 
     Args:
         out: folder for the results.
         device: cpu or cuda.
-        short: one seed, the mixture and its active twin, 150 steps.
-        seeds: one run each.
+        short: one seed and one rate, the mixture and its active twin, 150 steps.
+        seeds: one run each; the twin of equal total size, whose steps take so long, and the one with capacity get the
+            first three.
         text: 'shakespeare', 'tinyshakespeare' or the path of a text file.
         model: the mixture.
         recipe: the training of all of them.
+        rates: learning rates that are tried with the first seed.
     """
     train_ids, val_ids, vocab_size = text_for_race(text)
     model = replace(model, vocab_size=vocab_size)
     names = list(TWINS)
     if short:
-        seeds, names = seeds[:1], ["mixture", "dense, same active size"]
+        seeds, rates, names = seeds[:1], (), [MIXTURE, ACTIVE]
         recipe = replace(recipe, steps=150, eval_every=25, eval_blocks=128)
     settings = dict(text=text, model=asdict(model), recipe=asdict(recipe))
     path = out / f"twins{'-short' * short}-{device}.json"
@@ -225,26 +208,32 @@ def twins(out: Path = Path("runs/bench"), device: str = "cpu", short: bool = Fal
             memory[name] = peak_memory(alone)
             del alone
         steps = {name: TrainingStep(build(name, recipe.seed), train_ids, recipe, device) for name in names}
-        found = compare(alternate(steps, 10 if short else 30, device=device), "mixture")
+        found = compare(alternate(steps, 10 if short else 30, device=device), MIXTURE)
         results["step"] = {name: dict(parameters=sizes[name][0], active=sizes[name][1], memory=memory[name],
                                       **found[name]) for name in names}
         save(path, results)
-    done = {(run["name"], run["seed"], run["equal"]) for run in results["runs"]}
+
+    fitting = {name: round(recipe.steps / results["step"][name]["ratio"][1]) for name in names}  # in the same time
+    todo = [(name, seeds[0], "steps", recipe.steps, rate) for rate in rates for name in (MIXTURE, ACTIVE)]
     for seed in seeds:
-        for name in names:
-            fitting = round(recipe.steps / results["step"][name]["ratio"][1])  # steps in the time of the mixture
-            for equal, steps in dict(steps=recipe.steps, seconds=fitting).items():
-                if (name, seed, equal) in done or (name == "mixture" and equal == "seconds"):
-                    continue
-                contender, start = build(name, seed), time.perf_counter()
-                config = replace(recipe, seed=seed, steps=steps)
-                tell = say(f"{name}, seed {seed}, equal {equal}")
-                history = train(contender, train_ids, val_ids, config, on_eval=tell)
-                seconds = time.perf_counter() - start  # evaluations included
-                final = history[-1]["val_loss"] if short else estimate_loss(contender, val_ids)[0]
-                results["runs"].append(dict(name=name, seed=seed, equal=equal, steps=steps, final=final,
-                                            seconds=seconds, history=kept(history)))
-                save(path, results)
+        for name in names if seed in seeds[:3] else names[:2]:
+            todo.append((name, seed, "steps", recipe.steps, recipe.lr))
+            if name != MIXTURE:
+                todo.append((name, seed, "seconds", fitting[name], recipe.lr))
+    done = {(run["name"], run["seed"], run["equal"], run.get("lr", recipe.lr)) for run in results["runs"]}
+    for name, seed, equal, steps, rate in todo:
+        if (name, seed, equal, rate) in done:
+            continue
+        done.add((name, seed, equal, rate))
+        contender, start = build(name, seed), time.perf_counter()
+        tell = say(f"{name}, seed {seed}, equal {equal}, learning rate {rate}")
+        config = replace(recipe, seed=seed, steps=steps, lr=rate)
+        history = train(contender, train_ids, val_ids, config, on_eval=tell)
+        seconds = time.perf_counter() - start  # evaluations included
+        final = history[-1]["val_loss"] if short else estimate_loss(contender, val_ids)[0]
+        results["runs"].append(dict(name=name, seed=seed, equal=equal, steps=steps, lr=rate, final=final,
+                                    seconds=seconds, history=kept(history)))
+        save(path, results)
 
 
 # gpu: the large preset

@@ -16,7 +16,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from makemoe.data import get_batch
-from makemoe.training import TrainingState
+from makemoe.optimizers import OPTIMIZERS
 
 
 def machine(device):
@@ -76,14 +76,14 @@ def compare(seconds, base):
 
 
 class TrainingStep:
-    """Call it to make one whole step of `recipe` as `train` does: batch, forward, backward, clip, optimizer.
+    """Call it to make one whole step of `recipe` as `train` does: batch, forward, backward, clipping, optimizer.
 
     The learning rate is small, so that the loads of the experts stay what they are while we measure.
     """
 
-    def __init__(self, model, ids, recipe, device="cpu"):
+    def __init__(self, model, ids, recipe, device="cpu", optimizer="adamw"):
         self.model, self.ids, self.recipe, self.device = model.to(device).train(), ids, recipe, device
-        self.optimizer, self.order = TrainingState(model, recipe).optimizer, torch.Generator().manual_seed(1337)
+        self.optimizer, self.order = OPTIMIZERS[optimizer](model, recipe), torch.Generator().manual_seed(1337)
         for group in self.optimizer.param_groups:
             group["lr"] = 1e-5
 

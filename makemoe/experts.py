@@ -39,4 +39,3 @@ class Expert(nn.Module):
     def forward(self, x):
         hidden = self.activation(self.up(x))  # (..., n_hidden)
         return self.dropout(self.down(hidden))
-

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 # %% ../notebooks/04_gating.ipynb #gating-routing
 @dataclass(frozen=True)
 class Routing:
-    """One routing decision for a batch of tokens, whatever router made it. Leading token shape kept, e.g. (B, T)."""
+    "One routing decision for a batch of tokens, whatever router made it; token shape in front, e.g. (B, T)."
 
-    gates: torch.Tensor   # (..., E) float: weight of expert e in the output of a token; 0 where not chosen or dropped
+    gates: torch.Tensor   # (..., E) float: weight of expert e for a token; 0 where not chosen or dropped
     logits: torch.Tensor  # (..., E) float32: the router's scores, before noise and before any choice
     chosen: torch.Tensor  # (..., E) bool: what the router asked for
     kept: torch.Tensor    # (..., E) bool: what is carried out, a subset of chosen (capacity drops the rest)
@@ -34,20 +35,20 @@ class Routing:
 
     @property
     def dropped(self):
-        "Share of the choices that are not carried out, from 0 to 1."
-        return 1 - self.kept.sum() / self.chosen.sum()
+        "Share of the choices that are not carried out, from 0 to 1; 0 if nobody was chosen."
+        lost = self.chosen & ~self.kept
+        return lost.sum() / self.chosen.sum().clamp(min=1)
 
     @property
     def confidence(self):
-        "Largest probability of a token, averaged over the tokens: from 1 / E (undecided) to 1 (certain)."
+        "Largest probability of a token, averaged over tokens: from 1 / E (undecided) to 1 (certain)."
         return self.probs.amax(dim=-1).mean()
 
     @property
     def entropy(self):
-        "Entropy of the probabilities in nats, averaged over the tokens: from 0 (certain) to ln E (undecided)."
+        "Entropy of the probabilities in nats, averaged over tokens: from 0 (certain) to ln E (undecided)."
         log_probs = self.logits.log_softmax(dim=-1)
         return -(log_probs.exp() * log_probs).sum(dim=-1).mean()
-
 
 # %% ../notebooks/04_gating.ipynb #gating-top-k
 def top_k_gating(logits, k):
@@ -63,12 +64,12 @@ def top_k_gating(logits, k):
     gates = logits.masked_fill(~chosen, -math.inf).softmax(dim=-1)  # (..., E)
     return Routing(gates, logits, chosen, kept=chosen)
 
-
 # %% ../notebooks/04_gating.ipynb #gating-router
 class TopkRouter(nn.Module):
     """Score the experts with one linear layer and let each token go to its `top_k` best.
 
-    Call it with x (..., C); it returns a `Routing` with fields (..., E), computed in float32 also under autocast.
+    Call it with x (..., C); it returns a `Routing` with fields (..., E), computed in float32: also under
+    autocast, and also if x or the weights are of another type.
     """
 
     def __init__(self, n_embd, num_experts, top_k):
@@ -80,6 +81,5 @@ class TopkRouter(nn.Module):
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
-            logits = self.linear(x.float())  # (..., E)
+            logits = F.linear(x.float(), self.linear.weight.float(), self.linear.bias.float())  # (..., E)
             return top_k_gating(logits, self.top_k)
-

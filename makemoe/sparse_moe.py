@@ -11,15 +11,14 @@ from torch import nn
 
 from .experts import Expert
 
-# %% ../notebooks/06_sparse_moe.ipynb #sparse-moe-experts
+# %% ../notebooks/06_sparse_moe.ipynb #experts
 class Experts(nn.ModuleList):
     """Experts that work on routed tokens: x (..., n_embd) and its `Routing` -> (..., n_embd).
 
     Each expert runs once, on the tokens it keeps and on no others; its answers are weighted by the gates
     and added up (Shazeer et al. 2017, eq. 1). A token that nobody keeps gets zeros. An expert without
-    tokens runs on an empty batch: its gradient is 0, not None. So do all of them if there is no token at
-    all. y is of the type of x. Raises ValueError if the routing is for another shape of tokens or
-    another number of experts.
+    tokens runs on an empty batch: its gradient is 0, not None. y is of the type of x. Raises ValueError if
+    the routing is for another shape of tokens or another number of experts.
     """
 
     def __init__(self, num_experts, n_embd, n_hidden, activation="relu", bias=True, dropout=0.0):
@@ -39,8 +38,7 @@ class Experts(nn.ModuleList):
             y.index_add_(0, rows, weighed.to(y.dtype))  # gates are float32, x may be bfloat16
         return y.view_as(x)
 
-
-# %% ../notebooks/06_sparse_moe.ipynb #sparse-moe-layer
+# %% ../notebooks/06_sparse_moe.ipynb #sparse-moe
 class SparseMoE(nn.Module):
     """A router that decides and experts that do the work: x (..., n_embd) -> (y like x, the `Routing`).
 
@@ -54,4 +52,3 @@ class SparseMoE(nn.Module):
     def forward(self, x):
         routing = self.router(x)
         return self.experts(x, routing), routing
-

@@ -1,9 +1,11 @@
-"""Lesson 01. The oracles are Python's own: slices of strings, sorted sets, bytes of a file. No test needs a network."""
+"""Lesson 01. The oracles are Python's own: slices of strings, sorted sets, bytes of files. None needs the internet."""
 
 import hashlib
+import http.server
 import math
 import os
-import urllib.error
+import threading
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from classroom.hidden import data as hidden
 from makemoe import data
-from makemoe.data import CharTokenizer, get_batch, load_text, split
+from makemoe.checks import data as visible
+from makemoe.data import CharTokenizer, compact_ids, get_batch, load_text, split
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = "Before we proceed any further, hear me speak.\n" * 3  # what plays tiny Shakespeare here
@@ -28,6 +32,13 @@ def one_line(raised):
     assert message and "\n" not in message and len(message) < 400
     assert raised.value.__cause__ is None and (raised.value.__suppress_context__ or raised.value.__context__ is None)
     return message
+
+
+def test_the_checks_of_the_lesson():
+    for checks in visible, hidden:
+        checks.check_tokenizer(CharTokenizer)
+        checks.check_get_batch(get_batch)
+        checks.check_split(split)
 
 
 # Tokenizer
@@ -52,43 +63,30 @@ def test_vocabulary_is_sorted_and_knows_nothing_but_the_characters(text):
     assert tokenizer.encode(tokenizer.characters).tolist() == list(range(tokenizer.vocab_size))
 
 
-def test_white_space_and_signs_are_characters_like_any_other():
-    text = " \tna\u00efve\n\n\u00b2\u2460 \r\n"
-    tokenizer = CharTokenizer(text)
-    assert tokenizer.characters == "".join(sorted(set(text)))
-    assert tokenizer.decode(tokenizer.encode(text)) == text
-
-
-def test_tokenizers_do_not_share_their_vocabularies():
-    first, second = CharTokenizer("abc"), CharTokenizer("xy")
-    assert (first.characters, second.characters) == ("abc", "xy")
-    assert first.decode(first.encode("cab")) == "cab"
-
-
-def test_decode_takes_tensors_lists_and_single_elements_of_a_tensor():
-    tokenizer = CharTokenizer("abc")
-    assert tokenizer.decode(torch.tensor([2, 0, 1])) == tokenizer.decode([2, 0, 1]) == "cab"
-    assert tokenizer.decode(list(torch.tensor([2, 0, 1]))) == "cab"
-    assert tokenizer.decode([]) == tokenizer.decode(torch.tensor([], dtype=torch.long)) == ""
-
-
-def test_unknown_characters_are_named_and_the_vocabulary_is_not_recited():
-    with pytest.raises(ValueError) as raised:
-        CharTokenizer("Romeo").encode("Romeï7o" + 99 * "7")
-    message = one_line(raised)
-    assert "'ï'" in message and message.count("'7'") == 1 and "'R'" not in message
-
-
 def test_many_unknown_characters_still_fit_on_a_line():
     with pytest.raises(ValueError) as raised:
         CharTokenizer("abc").encode("0123456789!")
     assert sum(f"'{stranger}'" in one_line(raised) for stranger in "0123456789!") >= 2
 
 
-def test_an_unknown_new_line_is_named_on_one_line():
-    with pytest.raises(ValueError) as raised:
-        CharTokenizer("abc").encode("a\nb")
-    assert r"'\n'" in one_line(raised)
+@pytest.mark.parametrize("size, dtype", [(256, torch.uint8), (257, torch.int16), (40_000, torch.int32)])
+def test_compact_ids_are_those_of_the_tokenizer(size, dtype):
+    text = "".join(map(chr, range(0x10000, 0x10000 + size))) * 2
+    tokenizer = CharTokenizer(text)
+    ids = compact_ids(tokenizer, text)
+    assert ids.dtype == dtype and torch.equal(ids.long(), tokenizer.encode(text))
+    assert compact_ids(tokenizer, "").shape == (0,)
+
+
+def test_compact_ids_of_a_text_that_is_read_in_parts():
+    text = "abc" * 700_000  # 2**20 is no multiple of 3
+    ids = compact_ids(CharTokenizer(text), text)
+    assert torch.equal(ids.view(-1, 3), torch.tensor([0, 1, 2], dtype=torch.uint8).expand(700_000, 3))
+
+
+def test_half_a_character_is_unknown():
+    with pytest.raises(ValueError, match="udce9"):  # as sys.argv holds bytes that are not UTF-8
+        CharTokenizer("abc").encode("caf\udce9")
 
 
 # Batches
@@ -127,42 +125,11 @@ def test_every_start_is_equally_likely_the_last_one_too():
     assert chi2 < 40  # 8 degrees of freedom: larger by chance once in 300,000 seeds
 
 
-def test_a_stream_of_a_block_and_one_token_has_one_window():
-    x, y = get_batch(torch.arange(6), 50, 5)
-    assert torch.equal(x, torch.arange(5).expand(50, 5))
-    assert torch.equal(y, torch.arange(1, 6).expand(50, 5))
-
-
 def test_rows_of_a_batch_are_drawn_apart():
     starts = get_batch(torch.arange(15), 10_000, 5, seeded(2))[0][:, 0]
     pairs = (starts[0::2] * 10 + starts[1::2]).bincount(minlength=100)  # all 100 are equally likely
     chi2 = ((pairs - 50) ** 2 / 50).sum()
     assert 30 < chi2 < 180  # 99 degrees of freedom: outside by chance once in 800,000 seeds
-
-
-def test_same_generator_same_batch_whatever_else_is_drawn():
-    stream = torch.arange(1000)
-    first = get_batch(stream, 4, 8, seeded(3))
-    torch.manual_seed(99)
-    torch.rand(17)
-    state = torch.get_rng_state()
-    again = get_batch(stream, 4, 8, seeded(3))
-    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
-    assert torch.equal(state, torch.get_rng_state())  # and others are not disturbed
-    assert not torch.equal(first[0], get_batch(stream, 4, 8, seeded(4))[0])
-
-
-def test_a_generator_goes_on_from_batch_to_batch():
-    stream, generator = torch.arange(1000), seeded(5)
-    first, second = (get_batch(stream, 4, 8, generator)[0] for _ in range(2))
-    assert not torch.equal(first, second)
-
-
-def test_without_a_generator_the_global_seed_decides():
-    torch.manual_seed(6)
-    first, second = (get_batch(torch.arange(1000), 4, 8)[0] for _ in range(2))
-    torch.manual_seed(6)
-    assert torch.equal(first, get_batch(torch.arange(1000), 4, 8)[0]) and not torch.equal(first, second)
 
 
 def test_a_batch_can_be_changed_apart_from_the_stream():
@@ -173,13 +140,6 @@ def test_a_batch_can_be_changed_apart_from_the_stream():
     assert torch.equal(stream, torch.arange(20))
 
 
-@pytest.mark.parametrize("length", [0, 3, 8])
-def test_a_stream_that_is_too_short_is_refused(length):
-    with pytest.raises(ValueError) as raised:
-        get_batch(torch.arange(length), 2, 8)
-    one_line(raised)
-
-
 # Split
 
 
@@ -188,19 +148,6 @@ def test_the_parts_are_the_stream_in_order(N, held_out):
     train, valid = split(torch.arange(N), held_out)
     assert torch.equal(torch.cat([train, valid]), torch.arange(N))
     assert abs(len(valid) - held_out * N) < 1 + 1e-6  # rounded or cut off, to either side
-
-
-def test_the_last_tenth_is_held_out():
-    train, valid = split(torch.arange(1000))
-    assert (len(train), len(valid), valid[0]) == (900, 100, 900)
-    assert [tuple(map(len, split(torch.arange(50), share))) for share in (0, 1)] == [(50, 0), (0, 50)]
-
-
-@pytest.mark.parametrize("held_out", [-0.1, 1.5, 10])
-def test_a_share_that_is_none_is_refused(held_out):
-    with pytest.raises(ValueError) as raised:
-        split(torch.arange(100), held_out)
-    one_line(raised)
 
 
 # Texts by name and by path
@@ -218,7 +165,7 @@ def test_the_corpus_by_name_from_any_folder(tmp_path, monkeypatch):
 def test_any_text_file_by_path(tmp_path_factory, text):
     path = tmp_path_factory.mktemp("texts") / "mine.txt"
     path.write_bytes(text.encode())
-    assert load_text(path) == load_text(str(path)) == text
+    assert load_text(path) == load_text(str(path)) == unicodedata.normalize("NFC", text)
 
 
 def test_windows_files_read_like_others(tmp_path):
@@ -257,6 +204,46 @@ def test_a_file_in_another_encoding_is_named(tmp_path, content, byte):
     one_line(raised)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="no such files there")
+def test_what_has_no_end_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in "/dev/zero", "/dev/urandom", tmp_path / "pipe":
+        with pytest.raises(OSError, match="is a device or a pipe: give the path of a text file") as raised:
+            load_text(path)
+        one_line(raised)
+
+
+def test_what_is_too_large_is_not_read(tmp_path):
+    path = tmp_path / "zeros.txt"
+    with open(path, "wb") as file:
+        file.truncate(3 * 10**9)  # takes no room on the disk
+    with pytest.raises(
+        ValueError, match="zeros.txt has 3.0 GB, but at most 1 GB can be read: give a part of it"
+    ) as raised:
+        load_text(path)
+    one_line(raised)
+
+
+@pytest.mark.parametrize("name", ["two\nlines.txt", "nul\0.txt"])
+def test_odd_names_stay_on_one_line(name):
+    with pytest.raises(FileNotFoundError, match="no file") as raised:
+        load_text(name)
+    assert repr(name) in one_line(raised)
+
+
+def test_two_spellings_of_a_letter_are_one(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "Où est le café?") for form in ("NFC", "NFD"))
+    path = tmp_path / "decomposed.txt"
+    path.write_text(decomposed, encoding="utf-8")
+    tokenizer = CharTokenizer(load_text(path))
+    assert tokenizer.decode(tokenizer.encode(composed)) == composed
+    with pytest.raises(ValueError, match="in Unicode's form NFC are: use unicodedata.normalize") as raised:
+        tokenizer.encode(decomposed)
+    one_line(raised)
+    with pytest.raises(ValueError, match="in Unicode's form NFD are"):
+        CharTokenizer(decomposed).encode(composed)
+
+
 # Tiny Shakespeare: found, downloaded, checked
 
 
@@ -287,10 +274,11 @@ def home(tmp_path, monkeypatch):
 @pytest.fixture
 def offline(home, monkeypatch):
     "Whoever tries the network finds none."
-    def refuse(*arguments, **options):
-        raise urllib.error.URLError("Name or service not known")
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    def refuse(*arguments, **options):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(data, "urlopen", refuse)
 
 
 def files(folder):
@@ -360,30 +348,55 @@ def test_without_a_network_one_line_says_what_to_do(offline, home):
     assert files(home) == []
 
 
-def test_a_download_that_breaks_off_leaves_nothing(home, monkeypatch):
-    class Broken:
-        def __init__(self):
-            self.chunks = [b"First Citizen"]
+class Server(http.server.BaseHTTPRequestHandler):
+    "What can go wrong, each at a path of its own."
 
-        def read(self, size):
-            if self.chunks:
-                return self.chunks.pop()
-            raise ConnectionResetError("connection reset by peer")
+    def do_GET(self):
+        if self.path == "/silent":
+            self.server.over.wait(5)
+        elif self.path == "/loop":
+            self.send_response(302)
+            self.send_header("Location", "/loop")
+            self.end_headers()
+        elif self.path == "/half":
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(TINY)))
+            self.end_headers()
+            self.wfile.write(TINY.encode()[:20])
+        elif self.path == "/garbage":
+            self.wfile.write(b"hello\r\n\r\n")
 
-        def info(self):
-            return self
+    def log_message(self, *arguments):
+        pass
 
-        def get_all(self, name):
-            return None
 
-        def __enter__(self):
-            return self
+@pytest.fixture
+def server(home, monkeypatch):
+    "Its address. A second of waiting is the most that a test can bear."
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    server.over = threading.Event()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    urlopen = data.urlopen
+    monkeypatch.setattr(data, "urlopen", lambda url, timeout: urlopen(url, timeout=timeout / 100))
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.over.set()
+    server.shutdown()
+    server.server_close()
 
-        def __exit__(self, *error):
-            pass
 
-    monkeypatch.setattr(torch.hub, "urlopen", lambda *arguments: Broken())
-    with pytest.raises(OSError, match="cannot fetch tinyshakespeare .*connection reset by peer") as raised:
+@pytest.mark.parametrize("path, says", [("silent", "timed out"), ("loop", "infinite loop"), ("garbage", "hello")])
+def test_a_server_that_fails_is_one_line_and_leaves_nothing(server, home, monkeypatch, path, says):
+    monkeypatch.setattr(data, "TINY_URL", f"{server}/{path}")
+    with pytest.raises(OSError, match=f"cannot fetch tinyshakespeare into .*{says}") as raised:
+        load_text("tinyshakespeare")
+    assert "\n" not in str(raised.value) and "MAKEMOE_DATA" in str(raised.value)
+    assert files(home) == []
+
+
+def test_a_download_that_breaks_off_leaves_nothing(server, home, monkeypatch):
+    monkeypatch.setattr(data, "TINY_URL", f"{server}/half")
+    with pytest.raises((OSError, ValueError), match="tinyshakespeare") as raised:
         load_text("tinyshakespeare")
     one_line(raised)
     assert files(home) == []

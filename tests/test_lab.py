@@ -1,13 +1,15 @@
 """Lesson 00. Pictures are tested by what they hold: the cells, letters, colours and curves that were drawn."""
 
-import html.parser
-import random
+import colorsys
 
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from matplotlib.colors import to_rgb
 
+from classroom.hidden import lab as hidden
 from makemoe import lab
+from makemoe.checks import lab as visible
 
 
 @pytest.fixture(autouse=True)
@@ -16,29 +18,10 @@ def close_figures():
     plt.close("all")
 
 
-def test_seeds_repeat_all_random_numbers():
-    def draw():
-        lab.seed_everything(7)
-        return random.random(), torch.rand(3).tolist()
-
-    assert draw() == draw()
-    first = draw()
-    lab.seed_everything(8)
-    assert random.random() != first[0] and torch.rand(3).tolist() != first[1]
-
-
-def test_the_seed_is_1337_unless_another_is_given_and_0_is_another():
-    def draw(*seed):
-        lab.seed_everything(*seed)
-        return random.random(), torch.rand(3).tolist()
-
-    assert draw() == draw(1337)
-    assert all(ours != theirs for ours, theirs in zip(draw(0), draw()))
-    for seed in 0, 123456:
-        ours = draw(seed)
-        torch.manual_seed(seed)
-        random.seed(seed)
-        assert ours == (random.random(), torch.rand(3).tolist())
+def test_the_checks_of_the_lesson():
+    for checks in visible, hidden:
+        checks.check_seed_everything(lab.seed_everything)
+        checks.check_text_to_spans(lab.text_to_spans)
 
 
 def test_the_device_exists():
@@ -59,13 +42,33 @@ def test_gates_are_drawn_with_tokens_along_the_line():
     assert ax.get_title(loc="left") == "title"
 
 
+def test_no_two_experts_share_a_colour():
+    colors = [lab.expert_color(e) for e in range(256)]
+    assert len(set(colors)) == 256
+    assert all(0 <= channel <= 1 for color in colors for channel in color)
+    apart = torch.cdist(torch.tensor(colors[:16]), torch.tensor(colors[:16])) + torch.eye(16)
+    assert apart.min() > 0.15, "the first sixteen can be told apart"
+    hue, _, _ = colorsys.rgb_to_hls(*lab.expert_color(0))
+    assert colorsys.rgb_to_hls(*lab.expert_color(0, 0.5))[0] == pytest.approx(hue)
+    assert lab.expert_color(3, 0) == (1, 1, 1)
+
+
 def test_text_is_drawn_on_the_colours_of_its_experts():
-    lab.show_text("ab\nc", [0, None, 0, 3])
-    letters = {text.get_text(): text.get_bbox_patch().get_facecolor() for text in plt.gca().texts}
-    assert set(letters) == {"a", "b", "c"}
-    assert letters["a"][:3] == pytest.approx(lab.expert_color(0))
-    assert letters["c"][:3] == pytest.approx(lab.expert_color(3))
-    assert letters["b"][3] == 0, "a character without an expert has no colour"
+    lab.show_text("ab\ncdef", [0, None, 0, 3, 11, 0, 0], width=3)
+    ax = plt.gca()
+    letters = {text.get_position(): text.get_text() for text in ax.texts}
+    assert letters == {(0, 0): "a", (1, 0): "b", (0, 1): "c", (1, 1): "d", (2, 1): "e", (0, 2): "f"}
+    colors = {letters[box.get_x() + 0.5, box.get_y() + 0.5]: box.get_facecolor() for box in ax.patches}
+    for letter, e in ("a", 0), ("c", 3), ("d", 11):
+        assert colors[letter][:3] == pytest.approx(lab.expert_color(e, 0.55))
+    assert colors["b"][3] == 0, "a character without an expert has no colour"
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["expert 0", "expert 3", "expert 11"]
+
+
+@pytest.mark.parametrize("text", ["", "\n", "abc\n\n", "x" * 200])
+def test_any_text_can_be_drawn(text):
+    lab.show_text(text, [1] * len(text))
+    plt.gcf().canvas.draw()
 
 
 def test_text_and_experts_must_be_equally_long():
@@ -74,47 +77,39 @@ def test_text_and_experts_must_be_equally_long():
             draw("abc", [1, 2])
 
 
-class Page(html.parser.HTMLParser):
-    def __init__(self, page):
-        super().__init__(convert_charrefs=False)
-        self.inside, self.pre, self.experts, self.links = [], "", [], []
-        self.feed(page)
-
-    def handle_starttag(self, tag, attributes):
-        attributes = dict(attributes)
-        self.links += [attributes[name] for name in ("src", "href") if name in attributes]
-        if ("pre", None) in self.inside:
-            assert tag == "span"
-        if "title" in attributes:
-            assert attributes["class"] == attributes["title"].replace("expert ", "e")
-        if tag not in ("meta", "br"):
-            self.inside.append((tag, attributes.get("title")))
-
-    def handle_endtag(self, tag):
-        assert self.inside.pop()[0] == tag
-
-    def handle_entityref(self, name):
-        self.handle_data(html.unescape(f"&{name};"), escaped=True)
-
-    def handle_charref(self, name):
-        self.handle_entityref("#" + name)
-
-    def handle_data(self, data, escaped=False):
-        if ("pre", None) in self.inside:
-            assert escaped or not {"<", "&"} & set(data)
-            self.pre += data
-            title = self.inside[-1][1]
-            self.experts += [title and int(title.removeprefix("expert "))] * len(data)
+def test_a_page_holds_the_text_and_its_colours_and_loads_nothing():
+    text, experts = "\nK<&\n<b>", [None, 3, 1, 0, 7, 2, None, 12]
+    page = lab.text_to_html(text, experts, "a <title>")
+    visible.reads_as(page.split("<pre>")[1].split("</pre>")[0], text, experts)
+    assert page.count("a &lt;title>".replace(">", "&gt;")) == 2
+    assert not any(word in page for word in ("src=", "href=", "http"))
+    for e in (0, 1, 2, 3, 7, 12):
+        color = page.split(f".e{e} {{ background: ")[1][:7]
+        assert to_rgb(color) == pytest.approx(lab.expert_color(e, 0.55), abs=0.01)
 
 
-def test_html_holds_the_text_and_its_experts_and_stands_alone():
-    text, experts = "\nK<&é:\n<b>&\"X\t &lt;' ", [None] * 6 + [3, 1, 1, 0, 7, 2, 2, 2, None, 0, 0, None, 12, 3, None]
-    source = lab.text_to_html(text, experts, "a <title>")
-    assert all(f".e{e} {{" in source for e in (0, 1, 2, 3, 7, 12))
-    page = Page(source)
-    assert page.pre == text
-    assert page.experts == experts
-    assert page.links == [], "a page that stands alone loads nothing"
+LESSONS = """lab data attention experts gating noisy_gating sparse_moe capacity losses dropless model training
+generation twins optimizers checkpoints shakespeare""".split()
+
+
+@pytest.mark.parametrize("here", LESSONS)
+def test_the_map_marks_one_place_and_no_words_overlap(here):
+    lab.show_map(here)
+    plt.gcf().canvas.draw()
+    ax = plt.gca()
+    number = f"{LESSONS.index(here):02d}"
+    marked = [patch.get_bbox() for patch in ax.patches if patch.get_facecolor() == (*to_rgb("#ffd166"), 1)]
+    assert marked
+    place = next(text for text in ax.texts if text.get_text().startswith(number)).get_position()
+    assert any(box.x0 <= place[0] <= box.x1 and box.y0 <= place[1] <= box.y1 for box in marked)
+    words = [text.get_window_extent() for text in ax.texts if text.get_text()]
+    assert not [(a, b) for i, a in enumerate(words) for b in words[:i] if a.overlaps(b)]
+
+
+def test_the_map_refuses_a_lesson_that_it_does_not_know():
+    with pytest.raises(ValueError, match="there is no lesson 'gate': choose from lab, data, attention") as raised:
+        lab.show_map("gate")
+    assert "\n" not in str(raised.value)
 
 
 HISTORY = [dict(step=s, train_loss=4 - s / 100, val_loss=4 - s / 200, load=[[10, 30], [20, 20]]) for s in (0, 100, 200)]
@@ -136,7 +131,20 @@ def test_loads_are_drawn_as_shares_one_panel_a_layer():
 
 def test_imbalance_and_dropped_share_of_each_layer_stand_beside_its_panel():
     lab.show_load(HISTORY)  # records of before there was a dropped share
-    assert [[text.get_text() for text in panel.texts] for panel in plt.gcf().axes] == [["imbalance 1.50"], ["imbalance 1.00"]]
+    found = [[text.get_text() for text in panel.texts] for panel in plt.gcf().axes]
+    assert found == [["imbalance 1.50"], ["imbalance 1.00"]]
     lab.show_load(HISTORY + [dict(HISTORY[0], step=300, load=[[0, 8], [6, 10]], dropped=[0.125, 0])])
     found = [[text.get_text() for text in panel.texts] for panel in plt.gcf().axes]
     assert found == [["imbalance 2.00\ndropped 12.5%"], ["imbalance 1.25\ndropped 0.0%"]]
+
+
+def test_live_plots_draw_what_came_so_far(monkeypatch):
+    import IPython.display
+
+    shown = []
+    monkeypatch.setattr(IPython.display, "display", lambda figure: shown.append(len(figure.axes)))
+    monkeypatch.setattr(IPython.display, "clear_output", lambda wait: shown.clear())
+    draw = lab.live_plots()
+    for record in HISTORY:
+        draw(record)
+    assert shown == [1, 2] and not plt.get_fignums(), "two pictures, and none stays open"

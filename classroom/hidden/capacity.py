@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 
 import torch
 
@@ -40,7 +41,7 @@ def check_limit_to_capacity(limit_to_capacity):
         same_slots(limit_to_capacity, favoured(1, 40, 3, k=1), 9, priority, "T = 40")
         yield f"{priority}: all is computed where the routing is"
         there = fields(favoured(2, 9, 5, k=2), lambda x: x.to("meta"))
-        limited = made_elsewhere(lambda: limit_to_capacity(there, 3, priority), priority)
+        limited = made_elsewhere(partial(limit_to_capacity, there, 3, priority), priority)
         assert limited is None or limited.kept.is_meta, f"kept is on {limited.kept.device}"
 
 
@@ -73,7 +74,7 @@ def check_influence(influence):
     one, two = torch.randn(2, 16, 4)
     for priority in "position", "choice":
 
-        def router(x):
+        def router(x, priority=priority):
             routing = top_k_gating(x, 2)
             return replace(routing, gates=routing.gates * kept_by_queue(routing, 8, priority))
 

@@ -34,7 +34,7 @@ def checks(module, name):
     "The check of an exercise, and the hidden one if there is one."
     check = getattr(importlib.import_module(f"makemoe.checks.{module}"), f"check_{name}")
     hidden = importlib.import_module(f"classroom.hidden.{module}")
-    return [check] + [getattr(hidden, f"check_{name}")] * hasattr(hidden, f"check_{name}")
+    return list(filter(None, [check, getattr(hidden, f"check_{name}", None)]))
 
 
 def handed_in(source, answer):
