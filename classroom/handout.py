@@ -23,13 +23,15 @@ def code(name, text):
 
 def announcement(exercise):
     "The cell that stands before a stub."
-    names = " and ".join(f"`{name}`" for name in exercise.write)
+    *others, last = (f"`{name}`" for name in exercise.write)
+    names = f"{', '.join(others)} and {last}" if others else last
+    lines = f"each of the {len(exercise.write)} lines" if others else "the line"
     return markdown(
         f"{exercise.cell}-exercise",
-        f"#### ✎ Your turn: {names}\n\n{'★' * exercise.stars} · {exercise.minutes} minutes · "
-        f"{exercise.points} points. "
-        "Write what the docstring in the next cell promises, in place of `raise NotImplementedError`, and run "
-        "the cell. Then run the check below it.",
+        f"#### ✎ Your turn: {names} ({exercise.points} points)\n\n"
+        f"In the next cell, replace {lines} `raise NotImplementedError` by your code: it should do what the "
+        "docstring says. Run that cell, then the check below it. The check prints how many claims hold, or stops "
+        "and names the first that fails.",
     )
 
 
@@ -42,17 +44,17 @@ def help_for(exercise, answer):
     "The cell below a stub: a hint, and the `answer` where it is given, both folded."
     parts = [folded("A hint", exercise.hint)]
     if answer:
-        parts.append(folded("The answer", f"```python\n{answer}\n```"))
+        parts.append(folded("The answer, to copy into the cell above", f"```python\n{answer}\n```"))
     return markdown(f"{exercise.cell}-help", "\n".join(parts))
 
 
 def go_on(exercise, module, source):
-    "The cell below the check of an exported exercise, for who wants to go on without having solved it."
+    "The cell below the check of an exported exercise, for readers who go on without having solved it."
     names = [node.name for node in ast.parse(source).body if hasattr(node, "name")]
     return code(
         f"{exercise.cell}-go-on",
-        "# To go on without your own answer, remove the # below and run this cell.\n"
-        f"# from makemoe.{module} import {', '.join(names)}",
+        "# To go on without an answer of your own, delete the # in front of the next line and run this cell.\n"
+        f"#from makemoe.{module} import {', '.join(names)}",
     )
 
 

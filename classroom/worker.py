@@ -131,6 +131,7 @@ def main():
     hidden = types.ModuleType("hidden")
     exec(compile(lesson["hidden"], "<hidden>", "exec"), hidden.__dict__)
     modules = [shown, hidden, importlib.import_module("makemoe.checks"), submission]
+    print("loaded", file=replies, flush=True)
 
     for line in sys.stdin:
         task = json.loads(line)

@@ -58,6 +58,7 @@ class Worker:
         self.lines = queue.Queue()
         threading.Thread(target=self.read, args=(self.process.stdout, self.lines), daemon=True).start()
         self.send(self.lesson)
+        self.lines.get(timeout=300)  # to import PyTorch may take long, and is nobody's fault
 
     @staticmethod
     def read(output, lines):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 # %% ../notebooks/02_attention.ipynb #head-class
 class Head(nn.Module):
-    """One head of causal self-attention, written to be read: x (..., T, n_embd) -> (..., T, head_size).
+    """One head of causal self-attention: x (..., T, n_embd) -> (..., T, head_size).
 
     softmax(q k^T / sqrt(head_size)) v, with the future masked (Vaswani et al. 2017, eq. 1).
     """
@@ -33,12 +33,12 @@ class Head(nn.Module):
 
 # %% ../notebooks/02_attention.ipynb #rotate-function
 def rotate(x, positions):
-    """Rotary positions: turn channel pairs of x (..., T, D) by angles that grow with `positions` (T,).
+    """Rotary positions: turn pairs of channels of x (..., T, D) by angles that grow with `positions` (T,).
 
-    Pair i, which is (a, b) = channels (i, i + D/2), becomes (a cos - b sin, a sin + b cos) of the angle
-    position * 10000**(-2i/D): the product of a query and a key then depends on their distance alone
-    (Su et al. 2021, eq. 14-16; there the pairs are neighbouring channels). Keeps dtype and device of x,
-    but the angles are float32.
+    Pair i is (a, b) = channels (i, i + D/2). It becomes (a cos - b sin, a sin + b cos) of the angle
+    position * 10000**(-2i/D). So the product of a query and a key depends on their distance, not on
+    where they stand (Su et al. 2021, eq. 14-16; there a pair is two neighbouring channels). The angles
+    are float32; the result has the dtype and the device of x.
     """
     D = x.shape[-1]
     if D % 2:
@@ -54,8 +54,9 @@ class MultiHeadAttention(nn.Module):
     """`n_head` heads of causal self-attention at once: x (B, T, n_embd) -> (B, T, n_embd).
 
     `qkv` holds the queries of all heads, then all keys, then all values; `proj` mixes the heads.
-    `rotary` turns queries and keys by position. `dropout` falls on weights and output, in training only.
-    With a `cache` (lesson 12), x holds the new tokens only: they look at the cached ones, too.
+    `rotary` turns queries and keys by position. `dropout` is applied to the attention weights and to the
+    output, in training only. With a `cache` (lesson 12), x holds only the new tokens, which see the
+    cached ones too.
     """
 
     def __init__(self, n_embd, n_head, rotary=False, bias=True, dropout=0.0):
@@ -80,7 +81,7 @@ class MultiHeadAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)  # each (B, H, past + T, D)
         visible = None
-        if past and T > 1:  # is_causal would fill the wrong corner; a single token sees all
+        if past and T > 1:  # is_causal would fill the wrong corner; one token sees all
             visible = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, visible, dropout, is_causal=not past)  # (B, H, T, D)

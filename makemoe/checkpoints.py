@@ -119,7 +119,7 @@ def find_file(path):
         raise OSError(f"cannot read {path} ({error.strerror})") from None
     return path
 
-
+# %% ../notebooks/15_checkpoints.ipynb #read-tensors
 def read_file(path, tensors=True):
     """(tensors, facts) of a file of `write_file`, the tensors only if asked for; nothing of it stays mapped.
 
@@ -177,7 +177,7 @@ def build_model(settings, weights, tied):
         setattr(model.get_submodule(owner), leaf, model.get_parameter(other))
     return model.eval()
 
-# %% ../notebooks/15_checkpoints.ipynb #checkpoint
+# %% ../notebooks/15_checkpoints.ipynb #whole
 def whole(path, device):
     "(model, tokenizer, history, tensors, facts) of a checkpoint."
     tensors, facts = read_file(path)
@@ -192,7 +192,7 @@ def whole(path, device):
         model = build_model(facts["config"], weights, facts.get("tied", {}))
     return model.to(device), tokenizer, history, tensors, facts
 
-
+# %% ../notebooks/15_checkpoints.ipynb #save-load
 def save_checkpoint(path, model, tokenizer, history=()):
     "Save weights, config, vocabulary and history in one file. Errors as in `write_file` and `parts`."
     write_file(path, *parts(model, tokenizer, history))
@@ -220,7 +220,7 @@ def save_training(path, model, state, tokenizer, notes):
     facts["training"] = dict(step=state.step, seconds=state.seconds, notes=notes, random=random.getstate())
     write_file(path, tensors, facts)
 
-
+# %% ../notebooks/15_checkpoints.ipynb #load-training
 def load_training(path, device="cpu"):
     """(model, state, tokenizer, notes) that `save_training` saved. Random numbers go on from there, too.
 

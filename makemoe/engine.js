@@ -269,7 +269,7 @@ function host(send) {
 
   function build({ moment, off, nextBest, router }) {
     weights[moment] ||= unpack(loaded.moments[moment].tensors, loaded.bytes);
-    return new Model(loaded.moments[moment].config, weights[moment], { off, nextBest, router });
+    return new Model(loaded.config, weights[moment], { off, nextBest, router });
   }
 
   async function write({ run, ids, count, temperature, topK, seed, pace, ...changes }) {
@@ -278,8 +278,8 @@ function host(send) {
     for (let written = 0; written <= count; written++) {
       const said = writer.read(), first = ids.length + written - said.length;
       said.forEach(({ logits, routings }, i) => {
-        const probs = softmax(logits), layers = routings.map(({ experts, gates }) => [experts, Array.from(gates)]);
-        read.push([first + i, { layers, next: largest(probs, 6).map((token) => [token, probs[token]]) }]);
+        const probs = softmax(logits), next = largest(probs, 6).map((token) => [token, probs[token]]);
+        read.push([first + i, routings.map(({ experts, gates }) => [experts, [...gates]]), next]);
       });
       if (written < count) {
         tokens.push(draw(nextProbs(said[said.length - 1].logits, temperature, topK), roll()));
@@ -343,6 +343,5 @@ if (typeof WorkerGlobalScope !== "undefined") {
   self.onmessage = (event) => work(event.data);
 }
 if (typeof module !== "undefined") {
-  const all = { linear, norm, softmax, erf, ACTIVATIONS, largest, dice, Model, nextProbs, draw, Writer, losses, half, unpack };
-  module.exports = { ...all, host };
+  module.exports = { linear, norm, softmax, erf, largest, dice, Model, nextProbs, draw, Writer, losses, unpack, host };
 }

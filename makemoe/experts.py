@@ -21,9 +21,9 @@ ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "squared_relu": squared_relu}
 class Expert(nn.Module):
     """A small MLP, applied to each token alone: x (..., n_embd) -> (..., n_hidden) -> (..., n_embd).
 
-    `activation`, a name from ACTIVATIONS, acts on the hidden channels; dropout falls on the answer,
-    in training only. An unknown activation raises ValueError. The feed-forward layer of Vaswani et al.
-    2017, eq. 2.
+    `activation`, a name from ACTIVATIONS, is applied to the hidden units, and dropout to the answer, in
+    training only. An unknown activation raises ValueError. This is the feed-forward layer of Vaswani
+    et al. 2017, eq. 2.
     """
 
     def __init__(self, n_embd, n_hidden, activation="relu", bias=True, dropout=0.0):

@@ -16,12 +16,12 @@ from torch.nn import functional as F
 # %% ../notebooks/04_gating.ipynb #gating-routing
 @dataclass(frozen=True)
 class Routing:
-    "One routing decision for a batch of tokens, whatever router made it; token shape in front, e.g. (B, T)."
+    "What a router decided for some tokens. The dimensions before E are those of the tokens, such as (B, T)."
 
-    gates: torch.Tensor   # (..., E) float: weight of expert e for a token; 0 where not chosen or dropped
-    logits: torch.Tensor  # (..., E) float32: the router's scores, before noise and before any choice
-    chosen: torch.Tensor  # (..., E) bool: what the router asked for
-    kept: torch.Tensor    # (..., E) bool: what is carried out, a subset of chosen (capacity drops the rest)
+    gates: torch.Tensor   # (..., E) float: the weight of each expert; 0 where it was not chosen, or dropped
+    logits: torch.Tensor  # (..., E) float32: the router's scores, before any noise
+    chosen: torch.Tensor  # (..., E) bool: which experts the router chose
+    kept: torch.Tensor    # (..., E) bool: which of these choices are carried out; the others are dropped
 
     @property
     def probs(self):
@@ -30,12 +30,12 @@ class Routing:
 
     @property
     def load(self):
-        "Tokens that each expert carries, (E,) integers."
+        "Number of tokens that each expert works on, (E,) integers."
         return self.kept.reshape(-1, self.kept.shape[-1]).sum(dim=0)
 
     @property
     def dropped(self):
-        "Share of the choices that are not carried out, from 0 to 1; 0 if nobody was chosen."
+        "Share of the choices that are not carried out, from 0 to 1; 0 if no expert was chosen."
         lost = self.chosen & ~self.kept
         return lost.sum() / self.chosen.sum().clamp(min=1)
 
@@ -54,10 +54,9 @@ class Routing:
 def top_k_gating(logits, k):
     """Choose the `k` experts with the largest `logits` (..., E), weighted by a softmax over the chosen.
 
-    Returns a `Routing` whose gates are of the type of the logits and sum to 1 for every token. With
-    k = 1 that one gate is always 1, and no gradient reaches the logits. Exactly k are chosen, also when
-    logits are equal; the logits that are handed in stay as they are. Shazeer et al. 2017, eq. 3 and 5,
-    without the noise.
+    Returns a `Routing` whose gates have the type of the logits and sum to 1 for every token. With k = 1
+    that one gate is always 1, and no gradient reaches the logits. Exactly k experts are chosen, also
+    where logits are equal. The logits are not changed. Shazeer et al. 2017, eq. 3 and 5, without noise.
     """
     indices = logits.topk(k, dim=-1).indices  # (..., k)
     chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, indices, True)  # (..., E)
@@ -66,10 +65,10 @@ def top_k_gating(logits, k):
 
 # %% ../notebooks/04_gating.ipynb #gating-router
 class TopkRouter(nn.Module):
-    """Score the experts with one linear layer and let each token go to its `top_k` best.
+    """Score the experts with one linear layer and choose the `top_k` best for each token.
 
-    Call it with x (..., C); it returns a `Routing` with fields (..., E), computed in float32: also under
-    autocast, and also if x or the weights are of another type.
+    Call it with x (..., C); it returns a `Routing` with fields (..., E). It computes in float32, also
+    under autocast, and also if x or the weights have another type.
     """
 
     def __init__(self, n_embd, num_experts, top_k):

@@ -12,12 +12,12 @@ import torch
 def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None):
     """Probabilities of the next token, (..., V) in float32, from its logits (..., V).
 
-    `temperature` divides the logits; 0 takes the likeliest, of equals the first. `top_k` keeps the k
-    likeliest (all V if there are fewer), `top_p` the fewest that reach this probability together
-    (Holtzman et al. 2020, eq. 2-3), both what each of them keeps; the rest gets exactly 0.
+    `temperature` divides the logits; 0 takes the likeliest token, the first one if several are equal.
+    `top_k` keeps the k likeliest (all if V is smaller), `top_p` the fewest whose probabilities sum to at
+    least `top_p` (Holtzman et al. 2020, eq. 2-3). With both, a token must pass both. The rest gets exactly 0.
 
-    Raises ValueError for a setting out of range, and for logits that are nan or inf. A logit of -inf has
-    the probability 0.
+    Raises ValueError for a setting out of range, and for logits that are nan or inf. A logit of -inf is
+    allowed and has the probability 0.
     """
     if not temperature >= 0:
         raise ValueError(f"temperature is {temperature}, but must be 0 or more")
@@ -36,7 +36,7 @@ def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None):
     if top_k is not None:
         keep[..., top_k:] = False
     if top_p is not None and top_p < 1:
-        keep &= probs.cumsum(dim=-1) - probs < top_p  # the better ones have not reached it yet
+        keep &= probs.cumsum(dim=-1) - probs < top_p  # the places before have not reached it yet
     kept = probs * keep
     return torch.zeros_like(kept).scatter(-1, order, kept / kept.sum(dim=-1, keepdim=True))
 
@@ -51,7 +51,7 @@ class KVCache:
         return 0 if self.keys is None else self.keys.shape[-2]
 
     def append(self, keys, values):
-        "Add those of new tokens, keep all of them as `keys` and `values`, and return all."
+        "Add keys and values of new tokens; keep all so far as `keys` and `values`, and return them."
         if self.keys is not None:
             keys = torch.cat([self.keys, keys], dim=-2)
             values = torch.cat([self.values, values], dim=-2)
@@ -63,15 +63,15 @@ class KVCache:
 def stream(model, ids, num_tokens, temperature=1.0, top_k=None, top_p=None, seed=None):
     """Continue ids (B, T): yield `num_tokens` pairs (new tokens (B,), routings that led to them).
 
-    The routings, one a layer, are those of the tokens just read, fields (B, T', E): the last token made
-    the prediction. Keys and values of what was read stay in a `KVCache` for each block. When the context
-    is full, its newer half is read again into empty ones: a token sees at least half a context.
+    The routings, one for each layer, are those of the T' tokens just read, with fields (B, T', E); the last
+    token made the prediction. Each block has a `KVCache` for what was read. When the context is full, its
+    newer half is read again into empty caches: from then on, a token sees at least half a context.
 
     The model is in evaluation mode until the stream ends or is closed, and then as before. One call of
-    `torch.multinomial` draws the tokens of a step. With a `seed` it has a generator of its own: the same
-    tokens come each time, and all other random numbers stay what they were. Temperature, top_k
-    and top_p as in `next_token_probs`. Raises ValueError, when the first token is asked for, if there is
-    no prompt, a setting is out of range, or the model's answer is not finite.
+    `torch.multinomial` draws the tokens of a step. With a `seed`, the stream has a generator of its own: the
+    tokens are the same each time, and other random numbers are not affected. `temperature`, `top_k` and
+    `top_p` are those of `next_token_probs`. Raises ValueError, when the first token is asked for, if there
+    is no prompt, a setting is out of range, or the logits are not finite.
     """
     if ids.dim() != 2:
         raise ValueError(f"ids are {tuple(ids.shape)}, but must be (B, T): for one text, give ids[None]")

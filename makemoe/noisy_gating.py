@@ -16,13 +16,13 @@ from .gating import TopkRouter, top_k_gating
 
 # %% ../notebooks/05_noisy_gating.ipynb #noisy-topk-router
 class NoisyTopkRouter(TopkRouter):
-    """A `TopkRouter` with learned noise on its scores while it trains (Shazeer et al. 2017, eq. 3-5).
+    """A `TopkRouter` that adds learned noise to its scores in training (Shazeer et al. 2017, eq. 3-5).
 
-    h = x W_g + eps * softplus(x W_noise) with eps ~ N(0, 1), fresh for every token and expert; `linear`
-    computes x W_g and `noise_linear` x W_noise. The choice and the gates come from h; the `logits` of the
-    `Routing` are those before the noise. In evaluation there is no noise, and no random number is drawn.
-    Call it with x (..., C); it returns a `Routing` with fields (..., E), computed in float32 whatever the
-    type of the weights, also under autocast.
+    h = x W_g + eps * softplus(x W_noise), with a new eps from N(0, 1) for every token and expert. `linear`
+    computes x W_g, and `noise_linear` computes x W_noise. The choice and the gates come from h; `logits`
+    are the scores without noise. In evaluation there is no noise, and no random number is drawn.
+    Call it with x (..., C); it returns a `Routing` with fields (..., E). It computes in float32, also
+    under autocast, and also if x or the weights have another type.
     """
 
     def __init__(self, n_embd, num_experts, top_k):

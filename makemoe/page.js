@@ -1,5 +1,5 @@
-// The page around the model. What a person types, points at and switches off becomes a task for the engine, and what the
-// engine finds becomes text, colours and numbers.
+// The page around the model. What a person types, points at and switches off becomes a task for the engine, and what
+// the engine finds becomes text, colours and numbers.
 
 "use strict";
 
@@ -18,13 +18,16 @@ const LONGEST = 2000; // characters of a prompt; of a longer one the end is take
 const SHOWN = { "\n": "new line", " ": "space", "\t": "tab" };
 const named = (token) => SHOWN[characters[token]] || characters[token];
 const percent = (share) => `${share >= 0.095 ? Math.round(100 * share) : (100 * share).toFixed(1)} %`;
-const colour = (e) => (E <= 8 ? `var(--e${e})` : `hsl(${(e * 137.5) % 360} 60% calc(var(--light) + ${((e % 3) - 1) * 8}%))`);
+const further = (e) => `hsl(${(e * 137.5) % 360} 60% calc(var(--light) + ${((e % 3) - 1) * 8}%))`;
+const colour = (e) => (E <= 8 ? `var(--e${e})` : further(e));
 
 let start = []; // tokens that were given: typed, or chosen by hand
-let text = []; // [{token, span, given, read, next}]: what the model chose and expected when it read this token
+let text = []; // [{token, span, given, read, next}]: read holds [experts, gates] of each layer, next [[token, chance]]
 let before = []; // the tokens of the run before this one
-let differs = null; // where this text leaves that one
-let run = 0, writing = false, playing = false, cursor = null, pinned = false, pointed = null;
+let comparable = false, differs = null; // does this text begin like that one, and where does it leave it?
+let run = 0, writing = false, playing = false;
+let cursor = null, pinned = false; // the place whose card is open, and whether it stays open
+let pointed = null; // {layer, e} under the pointer on the switchboard
 const off = Array.from({ length: L }, () => new Array(E).fill(false)); // silenced experts
 
 // The engine ---------------------------------------------------------------------------------------------------------
@@ -38,7 +41,7 @@ function decode(base64) {
 
 // A function that hands a task to the engine: to a worker, or where there is none to the page itself.
 const engine = (() => {
-  const load = { kind: "load", moments, passage, bytes: decode($("weights").textContent.trim()) };
+  const load = { kind: "load", config, moments, passage, bytes: decode($("weights").textContent.trim()) };
   let send, last = null;
   const here = () => {
     send = host(hear);
@@ -59,8 +62,10 @@ const engine = (() => {
 })();
 
 function settings() {
-  return { moment: +$("moment").value, off: off.map((row) => [...row]), nextBest: $("next-best").checked, router: $("router").value,
-    temperature: +$("temperature").value, topK: +$("top-k").value, pace: PACES[+$("pace").value], seed: +$("seed").value >>> 0 };
+  const numbers = { moment: "moment", temperature: "temperature", topK: "top-k", seed: "seed" };
+  const values = Object.fromEntries(Object.entries(numbers).map(([name, id]) => [name, +$(id).value]));
+  const who = { off: off.map((row) => [...row]), nextBest: $("next-best").checked, router: $("router").value };
+  return { ...values, ...who, pace: PACES[+$("pace").value] };
 }
 
 // The typed prompt as tokens, in that of Unicode's forms that the model knows best.
@@ -79,15 +84,17 @@ function typed() {
 // Write on from `start`. What was read of the given tokens is kept where it still holds.
 function write(kept = []) {
   const tokens = text.map((one) => one.token);
-  if (!tokens.every((token, i) => token === before[i])) before = tokens; // of a run that was ended early: the longer one
+  if (!tokens.every((token, i) => token === before[i])) before = tokens; // else before goes on where this run was ended
+  comparable = before.length > start.length && start.every((token, i) => token === before[i]);
+  differs = null;
   close();
   text = [];
-  differs = null;
   $("text").replaceChildren();
-  start.forEach((token, i) => add(token, !kept[i] || kept[i].given, kept[i]));
+  start.forEach((token, i) => put(token, !kept[i] || kept[i].given, kept[i]));
   repaint();
   run += 1;
   busy(true);
+  $("judge").classList.add("stale");
   engine({ kind: "write", run, ids: start, count: playing ? COUNT / 4 : COUNT, ...settings() });
 }
 
@@ -113,16 +120,16 @@ function hear(message) {
 
 function written({ tokens, read }) {
   const box = $("text"), atEnd = box.scrollHeight - box.scrollTop - box.clientHeight < 60, first = text.length;
-  tokens.forEach((token) => add(token, false));
-  for (const [place, said] of read) {
+  tokens.forEach((token) => put(token, false));
+  for (const [place, routings, next] of read) {
     if (text[place].read) continue; // it is read again in a shorter context
-    Object.assign(text[place], said);
+    Object.assign(text[place], { read: routings, next });
     paint(place);
     if (text[place + 1]) paint(place + 1);
   }
   compare(first);
   if (atEnd && cursor === null) box.scrollTop = box.scrollHeight;
-  share();
+  sharing ||= setTimeout(share, 150);
 }
 
 function ended({ perSecond }) {
@@ -133,18 +140,18 @@ function ended({ perSecond }) {
   }
   busy(playing = false);
   if (!PACES[+$("pace").value]) $("note").append(` ${perSecond} characters a second.`);
-  else if (differs === null && before.length >= text.length) $("note").append(" The text is the same as before.");
+  else if (comparable && differs === null) $("note").append(" The text is the same as before.");
 }
 
 // Mark the first character that is another one than in the text before.
 function compare(first) {
-  if (differs !== null || !start.every((token, i) => token === before[i])) return;
+  if (!comparable || differs !== null) return;
   for (let i = Math.max(first, start.length); i < Math.min(text.length, before.length); i++) {
     if (text[i].token !== before[i]) {
       differs = i;
       text[i].span.classList.add("differs");
-      $("note").textContent = `After ${i - start.length} equal characters (blue mark): “${named(text[i].token)}” instead of ` +
-        `“${named(before[i])}”, and from there on another text.`;
+      const now = named(text[i].token), then = named(before[i]);
+      $("note").textContent = `The same for ${i - start.length} characters, then “${now}” where “${then}” stood (blue mark).`;
       return;
     }
   }
@@ -152,7 +159,7 @@ function compare(first) {
 
 // The text -----------------------------------------------------------------------------------------------------------
 
-function add(token, given, { read = null, next = null } = {}) {
+function put(token, given, { read = null, next = null } = {}) {
   const span = make("span", { textContent: characters[token], className: given ? "given" : "" });
   if (characters[token] === "\n") span.classList.add("line-end");
   span.dataset.place = text.length;
@@ -162,7 +169,7 @@ function add(token, given, { read = null, next = null } = {}) {
 
 // The place where the experts of a character are found: they predict it one place before they read it.
 const asked = (place) => ($("side").value === "written" ? place - 1 : place);
-const choice = (place, layer) => text[asked(place)]?.read?.layers[layer]; // [experts, gates], the heaviest first
+const choice = (place, layer) => text[asked(place)]?.read?.[layer]; // [experts, gates], the heaviest first
 const main = (place, layer) => choice(place, layer)?.[0][0] ?? null;
 
 function paint(place) {
@@ -194,42 +201,50 @@ function open(place, pin) {
   [cursor, pinned] = [place, pin];
   const { token, span, given } = text[place], next = text[place - 1]?.next, card = $("card");
   const chance = next?.find(([i]) => i === token), side = $("side").value === "written" ? "predicted" : "read";
-  const title = named(token) + (chance ? `: the model gave it ${percent(chance[1])}` : next ? ": the model gave it less than these" : "");
+  const title = named(token) + (chance ? `, expected with ${percent(chance[1])}` : next ? ", less likely than these" : "");
   const rows = text[asked(place)]?.read ? text[asked(place)].read.map(([experts, gates], layer) => {
     const bar = make("span", { className: "bar" });
     experts.forEach((e, i) => {
       const part = make("b", { textContent: off[layer][e] ? `${e} off` : e });
-      Object.assign(part.style, { width: percent(gates[i]), background: off[layer][e] ? "var(--line)" : colour(e) });
+      Object.assign(part.style, { width: `${100 * gates[i]}%`, background: off[layer][e] ? "var(--line)" : colour(e) });
       bar.append(part);
     });
     const numbers = gates.slice(0, 3).map((gate) => gate.toFixed(2)).join(" + ") || "none";
     return make("div", { className: "line" }, make("span", { textContent: `layer ${layer + 1}` }), bar,
       make("span", { textContent: numbers }));
   }) : [];
-  const why = rows.length ? `Experts when it was ${side}, and their weights:` : `The model has not ${side} it in this run.`;
+  const found = rows.length ? `The experts that ${side} it, and their weights:` : `The model has not ${side} it in this run.`;
   const buttons = (next || []).map(([i, share]) => {
     const bar = make("i");
-    bar.style.width = percent(share);
+    bar.style.width = `${100 * share}%`;
     const button = make("button", { type: "button", className: i === token ? "chosen" : "" },
       make("code", { textContent: named(i) }), make("span", {}, bar), percent(share));
     button.onclick = () => goOn(place, i);
     return button;
   });
-  card.replaceChildren(make("p", {}, make("strong", { textContent: title }), given ? " (given)" : ""),
-    make("p", { textContent: why }), ...rows,
-    ...(next ? [make("p", { textContent: "The likeliest here. Choose one, and the text goes on from it:" })] : []), ...buttons);
+  if (next) buttons.unshift(make("p", { textContent: "The likeliest here. Choose one, and the text goes on from it:" }));
+  const shut = make("button", { type: "button", className: "shut", textContent: "×", onclick: close });
+  shut.setAttribute("aria-label", "Close");
+  const head = make("p", {}, make("strong", { textContent: title }), given ? " (given)" : "", shut);
+  card.replaceChildren(head, make("p", { textContent: found }), ...rows, ...buttons);
   card.classList.toggle("passing", !pin);
   card.hidden = false;
   span.classList.add("at");
   if (pin) span.scrollIntoView({ block: "nearest" });
-  const box = span.getBoundingClientRect(), { offsetWidth: width, offsetHeight: height } = card;
-  const below = box.bottom + 8 + height <= innerHeight || box.top - 8 - height < 0;
-  card.style.left = `${Math.max(0, Math.min(box.left - 40, innerWidth - width - 8))}px`;
-  card.style.top = `${Math.max(0, below ? Math.min(box.bottom + 8, innerHeight - height - 4) : box.top - 8 - height)}px`;
+  dock();
   frame(place);
-  if (pin) {
-    $("say").textContent = `${title}. ` + rows.map((_, layer) => `Layer ${layer + 1}: experts ${choice(place, layer)[0].join(" and ")}`);
-  }
+  const spoken = rows.map((_, layer) => `Layer ${layer + 1}: ${choice(place, layer)[0].join(" and ")}.`);
+  if (pin) $("say").textContent = `${title}. ${found} ${spoken.join(" ")}`;
+}
+
+// Lay the card beside its character, inside the window.
+function dock() {
+  if (cursor === null) return;
+  const box = text[cursor].span.getBoundingClientRect(), { offsetWidth: width, offsetHeight: height, style } = $("card");
+  const below = box.bottom + 8 + height <= innerHeight || box.top - 8 - height < 0;
+  const top = below ? Math.min(box.bottom + 8, innerHeight - height - 4) : box.top - 8 - height;
+  style.left = `${Math.max(0, Math.min(box.left - 40, innerWidth - width - 8))}px`;
+  style.top = `${Math.max(0, top)}px`;
 }
 
 // Put another character into this place, and go on from it.
@@ -256,7 +271,7 @@ $("text").onpointerover = (event) => {
   if (event.pointerType === "mouse" && !pinned && placeOf(event) !== undefined) open(+placeOf(event), false);
 };
 $("text").onpointerleave = () => { if (!pinned) close(); };
-$("text").onscroll = () => { if (cursor !== null && !pinned) close(); };
+$("text").onscroll = onscroll = onresize = dock;
 $("text").onkeydown = (event) => {
   const step = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: 20, ArrowUp: -20, Home: -Infinity, End: Infinity }[event.key];
   if (step) {
@@ -316,7 +331,9 @@ function point(where) {
 }
 
 // The share of each expert in the work of its layer, on the text.
+let sharing = 0; // a timer: not more often than anybody can see
 function share() {
+  sharing = clearTimeout(sharing);
   const work = off.map((row) => row.map(() => 0));
   for (const { read } of text) read?.forEach(([experts], layer) => experts.forEach((e) => { work[layer][e] += 1; }));
   cells.forEach((row, layer) => {
@@ -326,12 +343,13 @@ function share() {
       cell.lastChild.textContent = silent ? "off" : part;
       cell.style.setProperty("--h", `${(90 * work[layer][e]) / top}%`);
       cell.setAttribute("aria-pressed", silent);
-      cell.setAttribute("aria-label", `layer ${layer + 1}, expert ${e}: ${silent ? "silenced" : `${part} percent of the choices`}`);
+      const state = silent ? "silenced" : `${part} percent of the choices`;
+      cell.setAttribute("aria-label", `layer ${layer + 1}, expert ${e}: ${state}`);
     });
   });
   if (!pointed) {
-    $("board-help").textContent = `A number is an expert's share of the choices in percent: ${config.top_k} of ${E} work for each ` +
-      "character. Click an expert to silence it, and watch the text change. Point at it, or hold it down, to see its characters.";
+    $("board-help").textContent = "Click an expert to silence it, and watch the text change. Point at it, or hold it down, " +
+      `to see its characters. ${config.top_k} of ${E} work for each character; a number is a share of this work, in percent.`;
   }
 }
 
@@ -342,6 +360,7 @@ function judged({ loss, plain }) {
     return part;
   };
   const gap = loss - plain, more = `${Math.abs(gap).toFixed(3)} ${gap < 0 ? "less" : "more"} than the whole trained model`;
+  $("judge").classList.remove("stale");
   $("judge").replaceChildren(make("strong", { textContent: `${loss.toFixed(3)} nats` }),
     `Loss on ${passage.length - 1} unseen characters`,
     make("div", { className: "meter" }, bar(Math.min(loss, plain)), bar(Math.max(gap, 0), "more")),
@@ -414,6 +433,8 @@ $("moments").hidden = moments.length < 2;
 $("judge").hidden = passage.length < 2;
 for (const id of ["temperature", "pace", "moment"]) $(id).oninput();
 $("prompt").value = facts.prompt;
-$("about").textContent = facts.about;
+$("about").textContent = "A sparse mixture of experts continues your text, one character at a time, inside this page: nothing " +
+  `is sent anywhere. It has ${facts.total.toLocaleString("en")} parameters; ${facts.active.toLocaleString("en")} of them ` +
+  "work for any one character. Each colour is an expert, the one with the largest weight.";
 share();
 submit();

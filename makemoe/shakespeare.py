@@ -18,6 +18,7 @@ import threading
 import zlib
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Literal
@@ -40,7 +41,7 @@ PROJECT = Path(makemoe.__path__[0]).resolve().parent
 
 # %% ../notebooks/16_shakespeare.ipynb #shakespeare-write
 def write(model, tokenizer, prompt, num_tokens, **settings):
-    """Let the model continue `prompt`: yields (character, expert, an int), each pair as soon as it is there.
+    """Let the model continue `prompt`: yields (character, expert), a str and an int, as soon as it is there.
 
     The expert is the one with the largest gate in the last layer when the character was predicted. Settings as
     for `stream`. Raises ValueError for a prompt with characters outside the vocabulary.
@@ -51,9 +52,9 @@ def write(model, tokenizer, prompt, num_tokens, **settings):
 
 # %% ../notebooks/16_shakespeare.ipynb #shakespeare-new-folder
 def new_folder(name):
-    """Make the folder runs/NAME, or the first of NAME-2, NAME-3, ... whose name is free, and return its `Path`.
+    """Make the folder runs/NAME, or the first of NAME-2, NAME-3, ... that is free, and return its `Path`.
 
-    Each of several calls at the same moment gets a folder of its own. A name such as exp/lr1 is a folder in a folder.
+    Each of several calls at the same moment gets a folder of its own. The name exp/lr1 is a folder in a folder.
     """
     first = Path("runs") / name
     first.parent.mkdir(parents=True, exist_ok=True)
@@ -75,11 +76,12 @@ class Run:
     data: str = "shakespeare"  # 'shakespeare', 'tinyshakespeare' or the path of a text file
     device: str = ""  # cuda, mps or cpu; by default the fastest at hand
     prompt: str = ""  # what the sample continues; by default a new line
-    mlflow: bool = False  # log to MLflow: mlflow.db and mlruns in the project's folder, `make mlflow` shows them
-    resume: bool = False  # go on with the unfinished run of this name and these settings that has come furthest
+    mlflow: bool = False  # log to mlflow.db and mlruns in the project's folder; `make mlflow` shows them
+    resume: bool = False  # go on with the furthest unfinished run of this name and these settings
 
 
-PRESETS = {name: Run(getattr(MoEConfig, name)(), getattr(TrainConfig, name)(), name) for name in ("laptop", "gpu", "blog")}
+PRESETS = {name: Run(getattr(MoEConfig, name)(), getattr(TrainConfig, name)(), name)
+           for name in ("laptop", "gpu", "blog")}
 RESULTS = {
     "model.safetensors": "the checkpoint",
     "loss.png": "the loss curve",
@@ -99,13 +101,13 @@ def find_device(name):
 
 
 def find_prompt(tokenizer, prompt):
-    "`prompt`, or for '' a new line, or the first character of a vocabulary without one. ValueError if it cannot be read."
+    "`prompt`, or for '' a new line, or in a text without one its first character. ValueError if it cannot be read."
     tokenizer.encode(prompt)
     return prompt or ("\n" if "\n" in tokenizer.characters else tokenizer.characters[0])
 
 
 def least_memory(config, batch_size):
-    "Bytes that a training step needs at least: for weights and optimizer, and for what the backward pass reads."
+    "Bytes that a training step needs at least: weights, optimizer, and what the backward pass reads."
     c = config
     weights = c.n_layer * (2 * c.num_experts * c.n_embd * c.n_hidden + 4 * c.n_embd**2) + 2 * c.vocab_size * c.n_embd
     of_a_token = c.n_layer * (8 * c.n_embd + 2 * c.top_k * c.n_hidden) + 2 * c.vocab_size
@@ -145,9 +147,9 @@ def prepare(run):
 def held_out_loss(model, ids, most=8192, progress=iter):
     """Mean loss on the contexts of `ids` (N,), and how many contexts were read: a float and an int.
 
-    A piece has 256 contexts of `block_size` tokens each, the last one those that are left; a rest that is no whole
-    context is not read. All pieces are read, or, if they have room for more than `most` contexts, every n-th from the
-    first on, with the smallest n for which that is not so. `progress`, such as `tqdm`, goes round what the loop is over.
+    A piece has 256 contexts of `block_size` tokens, the last one those that are left; what is no whole context
+    is not read. If all pieces have room for more than `most` contexts, every n-th is read, from the first on,
+    with the smallest n for which those have not. `progress`, such as `tqdm`, goes round what the loop is over.
     """
     T = model.config.block_size
     starts = range(0, (len(ids) - 1) // T, 256)
@@ -163,7 +165,7 @@ def held_out_loss(model, ids, most=8192, progress=iter):
 # %% ../notebooks/16_shakespeare.ipynb #stop-by-signal
 @contextmanager
 def stop_by_signal(state):
-    "Ctrl-C and SIGTERM set `state.stop` to the signal's number: `train` ends after the step. A second one acts at once."
+    "Ctrl-C and SIGTERM set `state.stop` to the number of the signal. A second one acts at once."
     def note(number, frame):
         if state.stop:
             raise KeyboardInterrupt
@@ -180,7 +182,7 @@ def stop_by_signal(state):
 
 @contextmanager
 def hold(folder, busy=None):
-    "Have `folder` alone, no longer than our process lives. If another has it: ValueError(busy); without `busy`, wait."
+    "Have `folder` alone, or until our process ends. If another has it: ValueError(busy); without `busy`, wait."
     if os.name != "posix":  # Windows cannot lock a folder
         yield
         return
@@ -199,7 +201,7 @@ def hold(folder, busy=None):
 
 # %% ../notebooks/16_shakespeare.ipynb #find-unfinished
 def find_unfinished(name, settings):
-    "(path, what `load_training` returns) of the run NAME, NAME-2, ... that has come furthest with these `settings`."
+    "(path, what `load_training` returns) of the run NAME, NAME-2, ... that is furthest with these `settings`."
     base, found, reasons = Path("runs") / name, [], []
     for path in sorted(base.parent.glob("*/model.safetensors")):
         if re.fullmatch(re.escape(base.name) + r"(-\d+)?", path.parent.name):
@@ -226,7 +228,7 @@ def find_unfinished(name, settings):
 
 # %% ../notebooks/16_shakespeare.ipynb #mlflow-log
 def open_mlflow(root):
-    "MLflow's client for the database `root`/mlflow.db, and the id of our experiment in it; both are made if need be."
+    "(MLflow's client for the database `root`/mlflow.db, the id of our experiment in it), both made if need be."
     os.environ.update(MLFLOW_DISABLE_TELEMETRY="true", MLFLOW_LOGGING_LEVEL="CRITICAL")
     from mlflow import MlflowClient  # here, as it takes seconds
 
@@ -247,7 +249,7 @@ def open_mlflow(root):
 
 # %% ../notebooks/16_shakespeare.ipynb #mlflow-log-run
 def mlflow_log(root, name, params, run_id=None):
-    """Begin a run in MLflow, or go on with `run_id`: (its id, a function that calls a method of the client for it).
+    """Begin a run in MLflow, or go on with `run_id`: (its id, a function that calls the client's methods for it).
 
     OSError, in one line, if that fails. A later error is one warning: the training goes on without its log.
     """
@@ -286,7 +288,7 @@ def draw_history(history, folder):
 def finish(run, folder, model, tokenizer, val_ids, history):
     "The loss on the held-out text, a sample, and then the checkpoint without what only training needs."
     print("the held-out text is read once more", flush=True)
-    loss, contexts = held_out_loss(model, val_ids, progress=lambda pieces: tqdm(pieces, disable=None, leave=False))
+    loss, contexts = held_out_loss(model, val_ids, progress=partial(tqdm, disable=None, leave=False))
     whole = contexts == (len(val_ids) - 1) // model.config.block_size
     part = "the whole held-out tenth" if whole else f"{contexts:,} contexts of the held-out tenth"
     print(f"loss on {part}: {loss:.4f} nats per character\n")
@@ -295,7 +297,8 @@ def finish(run, folder, model, tokenizer, val_ids, history):
     sample = prompt + "".join(character for character, _ in written)
     experts = [None] * len(prompt) + [expert for _, expert in written]
     (folder / "sample.txt").write_text(sample, encoding="utf-8")
-    (folder / "sample.html").write_text(text_to_html(sample, experts, f"Written by {folder.name}"), encoding="utf-8")
+    page = text_to_html(sample, experts, f"Written by {folder.name}")
+    (folder / "sample.html").write_text(page, encoding="utf-8")
     save_checkpoint(folder / "model.safetensors", model, tokenizer, history)
     print(sample.strip(), end="\n\n")
     for name, what in RESULTS.items():
@@ -304,7 +307,7 @@ def finish(run, folder, model, tokenizer, val_ids, history):
 # %% ../notebooks/16_shakespeare.ipynb #show-progress
 @contextmanager
 def show_progress(state, steps, save, tell):
-    "A bar for a training of `steps`: (on_step, on_eval) for `train`. `save()` and `tell` (`mlflow_log`) get each record."
+    "Callbacks for `train`, (on_step, on_eval), that move a bar, `save()` and `tell` (see `mlflow_log`)."
     bar = tqdm(total=steps, initial=state.step, disable=None, leave=False,  # None: only in a terminal
                bar_format="{percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}{postfix}]")
 
@@ -384,8 +387,8 @@ def run_training(run):
         with suppress(OSError):
             folder.rmdir()  # if nothing was saved in it
     if state.stop:
-        saved = f"{path} is saved: the same command with --resume goes on" if path.exists() else "nothing was saved yet"
-        print(f"\nstopped; {saved}")
+        how = f"{path} is saved: the same command with --resume goes on"
+        print("\nstopped;", how if path.exists() else "nothing was saved yet")
         raise SystemExit(128 + state.stop)
 
 # %% ../notebooks/16_shakespeare.ipynb #generate-command
@@ -439,7 +442,8 @@ def main():
         out.reconfigure(errors="replace")  # not every console can show every character
     status = 2
     try:
-        tyro.cli(command, prog="python -m makemoe", config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes))
+        short = tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes
+        tyro.cli(command, prog="python -m makemoe", config=short)
         return sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -15,10 +15,10 @@ from .experts import Expert
 class Experts(nn.ModuleList):
     """Experts that work on routed tokens: x (..., n_embd) and its `Routing` -> (..., n_embd).
 
-    Each expert runs once, on the tokens it keeps and on no others; its answers are weighted by the gates
-    and added up (Shazeer et al. 2017, eq. 1). A token that nobody keeps gets zeros. An expert without
-    tokens runs on an empty batch: its gradient is 0, not None. y is of the type of x. Raises ValueError if
-    the routing is for another shape of tokens or another number of experts.
+    Each expert runs once, on the tokens that `kept` gives it and on no others. Its answers are weighted by
+    the gates and added up (Shazeer et al. 2017, eq. 1). A token that no expert keeps gets zeros. An expert
+    without tokens runs on an empty batch: its gradient is 0, not None. y has the type of x. Raises
+    ValueError if the routing is for another shape of tokens or another number of experts.
     """
 
     def __init__(self, num_experts, n_embd, n_hidden, activation="relu", bias=True, dropout=0.0):
@@ -40,9 +40,9 @@ class Experts(nn.ModuleList):
 
 # %% ../notebooks/06_sparse_moe.ipynb #sparse-moe
 class SparseMoE(nn.Module):
-    """A router that decides and experts that do the work: x (..., n_embd) -> (y like x, the `Routing`).
+    """A router and its experts in one layer: x (..., n_embd) -> (y like x, the `Routing`).
 
-    `router(x)` returns a `Routing`, `experts(x, routing)` carries it out: any two that do so will fit.
+    Any `router(x)` that returns a `Routing` and any `experts(x, routing)` that carries it out will do.
     """
 
     def __init__(self, router, experts):

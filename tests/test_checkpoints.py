@@ -1,4 +1,4 @@
-"""Lesson 15: files that are whole or not there, that are not believed, and from which a training goes on to the same bits."""
+"""Lesson 15: files are whole or not there, they are not believed, and a training goes on from them to the same bits."""
 
 import json
 import math
@@ -15,7 +15,13 @@ from safetensors.torch import load_file, save_file
 from classroom.hidden import checkpoints as hidden
 from makemoe import checkpoints
 from makemoe.checkpoints import (
-    checksum, load_checkpoint, load_training, read_facts, save_checkpoint, save_training, write_file,
+    checksum,
+    load_checkpoint,
+    load_training,
+    read_facts,
+    save_checkpoint,
+    save_training,
+    write_file,
 )
 from makemoe.checks import checkpoints as checks
 from makemoe.data import CharTokenizer
@@ -46,13 +52,17 @@ def notes(optimizer="adamw", **more):
 
 
 def run(model, state, stop=None):
-    return train(model, *TEXTS, SHORT, state=state,
-                 on_step=lambda state, loss: setattr(state, "stop", state.step == stop))
+    return train(
+        model, *TEXTS, SHORT, state=state, on_step=lambda state, loss: setattr(state, "stop", state.step == stop)
+    )
 
 
 def timeless(history):
     "The records without what a clock measured."
-    return [{key: value for key, value in record.items() if key not in ("seconds", "tokens_per_second")} for record in history]
+    return [
+        {key: value for key, value in record.items() if key not in ("seconds", "tokens_per_second")}
+        for record in history
+    ]
 
 
 def equal(one, other):
@@ -69,7 +79,7 @@ def test_checks(of):
 
 @pytest.mark.parametrize("preset", ["laptop", "gpu", "blog"])
 def test_checkpoint_gives_back_the_same_model_bit_for_bit(tmp_path, preset):
-    text = "Größe, \"wörtlich\"\n\u2029 ☃ to be"  # characters outside ASCII too
+    text = 'Größe, "wörtlich"\n\u2029 ☃ to be'  # characters outside ASCII too
     tokenizer = CharTokenizer(text)
     small = dict(vocab_size=tokenizer.vocab_size, block_size=8, n_embd=24, n_layer=2, n_hidden=16)
     config = getattr(MoEConfig, preset)(**(small | ({"n_head": 4} if preset == "blog" else {})))
@@ -180,6 +190,7 @@ def test_a_crash_at_any_byte_of_a_save_leaves_the_old_file_whole(tmp_path, monke
     before = path.read_bytes()
     for cut in [0, 1, 7, 8, 9, 500, len(before) // 2, len(before) - 1, len(before), None]:
         with monkeypatch.context() as power:
+
             def open_until_the_cut(name, mode, cut=cut):
                 file = open(name, mode)
                 file.write, whole = (lambda content: [whole(content[:cut]), file.close(), fail()]), file.write
@@ -283,8 +294,10 @@ def test_weights_that_are_not_finite_are_not_saved_over_good_ones(tmp_path):
     before = (tmp_path / "m").read_bytes()
     with torch.no_grad():
         model.lm_head.weight[3, 3] = math.inf
-    for save in (lambda: save_training(tmp_path / "m", model, state, TOKENIZER, told),
-                 lambda: save_checkpoint(tmp_path / "m", model, TOKENIZER)):
+    for save in (
+        lambda: save_training(tmp_path / "m", model, state, TOKENIZER, told),
+        lambda: save_checkpoint(tmp_path / "m", model, TOKENIZER),
+    ):
         with pytest.raises(FloatingPointError, match="lm_head.weight is not finite"):
             save()
     assert (tmp_path / "m").read_bytes() == before
@@ -369,9 +382,16 @@ def test_truncated_checkpoint_is_refused_wherever_it_was_cut(tmp_path):
         refused(path, "is not a safetensors file, or not all of one")
 
 
-@pytest.mark.parametrize("content", [
-    b"to be or not to be", b"PK\x03\x04" + bytes(100), b"\x80\x02}q\x00.", bytes(10**6), b"\xff" * 100,
-])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"to be or not to be",
+        b"PK\x03\x04" + bytes(100),
+        b"\x80\x02}q\x00.",
+        bytes(10**6),
+        b"\xff" * 100,
+    ],
+)
 def test_other_files_are_refused(tmp_path, content):
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
@@ -389,30 +409,43 @@ def config(**changes):
     return lambda facts: facts["config"].update(changes)
 
 
-@pytest.mark.parametrize("change, match", [
-    *[(config(**changes), "size mismatch") for changes in (
-        dict(n_layer=3), dict(n_layer=100_000), dict(n_embd=32), dict(n_embd=20_000), dict(num_experts=10**6),
-        dict(n_hidden=10**6), dict(experts="loop", num_experts=10**5), dict(n_hidden=17))],
-    (config(vocab_size=10**6), "11 characters for 1000000 tokens"),
-    (config(n_layer=0), "n_layer is 0"),
-    (config(n_layer=True), "n_layer is True"),
-    (config(top_k=2.0), "top_k is 2.0"),
-    (config(dropout=math.nan), "dropout is nan"),
-    (config(routed_scaling_factor=math.inf), "routed_scaling_factor is inf"),
-    (config(capacity_factor=True), "capacity_factor is True"),
-    (config(future_setting=1), "future_setting"),
-    (config(n_embd="many"), "n_embd is 'many'"),
-    (config(n_embd=None), "n_embd is None"),
-    (config(positions="learned"), "Missing key"),
-    (lambda facts: facts.update(config=None), "TypeError"),
-    (lambda facts: facts.update(config=[1]), "TypeError"),
-    (lambda facts: facts.update(characters="abc"), "3 characters for 11 tokens"),
-    (lambda facts: facts.update(characters=7), "TypeError"),
-    (lambda facts: facts.update(tied={"lm_head.weight": "nothing"}), "nothing"),
-    (lambda facts: facts.update(tied=3), "AttributeError"),
-    (lambda facts: facts.pop("config"), "KeyError: 'config'"),
-    (lambda facts: facts.pop("characters"), "KeyError: 'characters'"),
-])
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        *[
+            (config(**changes), "size mismatch")
+            for changes in (
+                dict(n_layer=3),
+                dict(n_layer=100_000),
+                dict(n_embd=32),
+                dict(n_embd=20_000),
+                dict(num_experts=10**6),
+                dict(n_hidden=10**6),
+                dict(experts="loop", num_experts=10**5),
+                dict(n_hidden=17),
+            )
+        ],
+        (config(vocab_size=10**6), "11 characters for 1000000 tokens"),
+        (config(n_layer=0), "n_layer is 0"),
+        (config(n_layer=True), "n_layer is True"),
+        (config(top_k=2.0), "top_k is 2.0"),
+        (config(dropout=math.nan), "dropout is nan"),
+        (config(routed_scaling_factor=math.inf), "routed_scaling_factor is inf"),
+        (config(capacity_factor=True), "capacity_factor is True"),
+        (config(future_setting=1), "future_setting"),
+        (config(n_embd="many"), "n_embd is 'many'"),
+        (config(n_embd=None), "n_embd is None"),
+        (config(positions="learned"), "Missing key"),
+        (lambda facts: facts.update(config=None), "TypeError"),
+        (lambda facts: facts.update(config=[1]), "TypeError"),
+        (lambda facts: facts.update(characters="abc"), "3 characters for 11 tokens"),
+        (lambda facts: facts.update(characters=7), "TypeError"),
+        (lambda facts: facts.update(tied={"lm_head.weight": "nothing"}), "nothing"),
+        (lambda facts: facts.update(tied=3), "AttributeError"),
+        (lambda facts: facts.pop("config"), "KeyError: 'config'"),
+        (lambda facts: facts.pop("characters"), "KeyError: 'characters'"),
+    ],
+)
 def test_a_header_that_does_not_fit_is_refused(tmp_path, change, match):
     path = saved(tmp_path)
     rewrite(path, change)
@@ -426,17 +459,25 @@ def test_a_header_that_is_no_object_is_refused(tmp_path, header):
     refused(path, "does not fit this version of makemoe")
 
 
-@pytest.mark.parametrize("change, match", [
-    (lambda tensors: tensors.update(extra=torch.zeros(1)), "extra"),
-    (lambda tensors: tensors.pop("norm.weight"), "norm.weight"),
-    (lambda tensors: tensors.pop("token_embedding.weight"), "token_embedding.weight"),
-    (lambda tensors: tensors["lm_head.bias"].fill_(math.nan), "lm_head.bias is not finite"),
-    (lambda tensors: tensors["lm_head.bias"].fill_(-math.inf), "lm_head.bias is not finite"),
-    (lambda tensors: tensors.update({"lm_head.bias": torch.zeros(11, dtype=torch.int32)}), "RuntimeError"),
-    (lambda tensors: tensors.update(history=torch.tensor([123], dtype=torch.uint8)), "JSONDecodeError"),
-    *[(lambda tensors, text=text: tensors.update(history=torch.tensor(list(text), dtype=torch.uint8)), "no list of records")
-      for text in (b"{}", b"[1]", b"null", b'"[]"')],
-])
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (lambda tensors: tensors.update(extra=torch.zeros(1)), "extra"),
+        (lambda tensors: tensors.pop("norm.weight"), "norm.weight"),
+        (lambda tensors: tensors.pop("token_embedding.weight"), "token_embedding.weight"),
+        (lambda tensors: tensors["lm_head.bias"].fill_(math.nan), "lm_head.bias is not finite"),
+        (lambda tensors: tensors["lm_head.bias"].fill_(-math.inf), "lm_head.bias is not finite"),
+        (lambda tensors: tensors.update({"lm_head.bias": torch.zeros(11, dtype=torch.int32)}), "RuntimeError"),
+        (lambda tensors: tensors.update(history=torch.tensor([123], dtype=torch.uint8)), "JSONDecodeError"),
+        *[
+            (
+                lambda tensors, text=text: tensors.update(history=torch.tensor(list(text), dtype=torch.uint8)),
+                "no list of records",
+            )
+            for text in (b"{}", b"[1]", b"null", b'"[]"')
+        ],
+    ],
+)
 def test_tensors_that_do_not_fit_are_refused(tmp_path, change, match):
     path = saved(tmp_path)
     rewrite(path, change_tensors=change)
@@ -457,9 +498,16 @@ def test_nothing_is_pickled(tmp_path, monkeypatch):
 # ---- a training goes on
 
 
-@pytest.mark.parametrize("changes", [
-    {}, dict(experts="loop"), dict(capacity_factor=0.7), dict(bias=True, norm="layer", positions="learned", balance_coef=0.0),
-], ids=["grouped", "loop", "capacity", "bias"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        dict(experts="loop"),
+        dict(capacity_factor=0.7),
+        dict(bias=True, norm="layer", positions="learned", balance_coef=0.0),
+    ],
+    ids=["grouped", "loop", "capacity", "bias"],
+)
 @pytest.mark.parametrize("optimizer, last", [("adamw", 1), ("adamw", 3), ("adamw", 5), ("muon", 1), ("muon", 5)])
 def test_a_training_that_goes_on_from_its_file_ends_with_the_same_bits(tmp_path, changes, optimizer, last):
     config = replace(RESTLESS, **changes)
@@ -483,8 +531,18 @@ def test_saving_disturbs_nothing(tmp_path):
     runs = []
     for save in False, True:
         model, state, told = begin()
-        history = train(model, *TEXTS, SHORT, state=state, on_eval=lambda record: save and save_training(  # noqa: B023
-            tmp_path / "m", model, state, TOKENIZER, told))  # noqa: B023
+        history = train(
+            model,
+            *TEXTS,
+            SHORT,
+            state=state,
+            on_eval=lambda record: (
+                save
+                and save_training(  # noqa: B023
+                    tmp_path / "m", model, state, TOKENIZER, told
+                )
+            ),
+        )  # noqa: B023
         runs.append((model, history, torch.rand(3)))
     (one, history, numbers), (other, records, same) = runs
     assert torch.equal(numbers, same) and timeless(history) == timeless(records) and equal(one, other)
@@ -518,7 +576,9 @@ def test_a_weight_that_has_had_no_gradient_has_no_memory_and_that_is_fine(tmp_pa
     run(model, state)
     save_training(tmp_path / "m", model, state, TOKENIZER, told)
     again, state, _, _ = load_training(tmp_path / "m")
-    assert [name for name, weight in again.named_parameters() if not state.optimizer.state.get(weight)] == ["lm_head.bias"]
+    assert [name for name, weight in again.named_parameters() if not state.optimizer.state.get(weight)] == [
+        "lm_head.bias"
+    ]
 
 
 def test_the_file_of_an_unfinished_training_is_a_model_like_any_other(tmp_path):
@@ -529,23 +589,26 @@ def test_the_file_of_an_unfinished_training_is_a_model_like_any_other(tmp_path):
     assert records == history and equal(loaded, model)
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda facts: facts["training"].pop("step"), "KeyError: 'step'"),
-    (lambda facts: facts["training"].update(step=2.5), "step 2.5"),
-    (lambda facts: facts["training"].update(step=True), "step True"),
-    (lambda facts: facts["training"].update(step=-1), "step -1"),
-    (lambda facts: facts["training"].update(step=8), "step 8 of 7"),
-    (lambda facts: facts["training"].update(seconds="long"), "ValueError"),
-    (lambda facts: facts["training"].update(seconds=math.nan), "nan seconds"),
-    (lambda facts: facts["training"].update(random=None), "TypeError"),
-    (lambda facts: facts["training"].update(random=[3, [2**70] * 625, None]), "OverflowError|ValueError"),
-    (lambda facts: facts.update(training=[]), "TypeError"),
-    (lambda facts: facts["training"]["notes"].pop("train"), "KeyError: 'train'"),
-    (lambda facts: facts["training"]["notes"].update(optimizer="sgd"), "KeyError: 'sgd'"),
-    (lambda facts: facts["training"]["notes"]["train"].update(lr=-1), "lr is -1"),
-    (lambda facts: facts["training"]["notes"]["train"].update(steps=7.0), "steps is 7.0"),
-    (lambda facts: facts["training"]["notes"]["train"].update(future=1), "future"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda facts: facts["training"].pop("step"), "KeyError: 'step'"),
+        (lambda facts: facts["training"].update(step=2.5), "step 2.5"),
+        (lambda facts: facts["training"].update(step=True), "step True"),
+        (lambda facts: facts["training"].update(step=-1), "step -1"),
+        (lambda facts: facts["training"].update(step=8), "step 8 of 7"),
+        (lambda facts: facts["training"].update(seconds="long"), "ValueError"),
+        (lambda facts: facts["training"].update(seconds=math.nan), "nan seconds"),
+        (lambda facts: facts["training"].update(random=None), "TypeError"),
+        (lambda facts: facts["training"].update(random=[3, [2**70] * 625, None]), "OverflowError|ValueError"),
+        (lambda facts: facts.update(training=[]), "TypeError"),
+        (lambda facts: facts["training"]["notes"].pop("train"), "KeyError: 'train'"),
+        (lambda facts: facts["training"]["notes"].update(optimizer="sgd"), "KeyError: 'sgd'"),
+        (lambda facts: facts["training"]["notes"]["train"].update(lr=-1), "lr is -1"),
+        (lambda facts: facts["training"]["notes"]["train"].update(steps=7.0), "steps is 7.0"),
+        (lambda facts: facts["training"]["notes"]["train"].update(future=1), "future"),
+    ],
+)
 def test_facts_of_a_training_that_do_not_fit_are_refused(tmp_path, change, message):
     model, state, told = begin()
     run(model, state, stop=3)
@@ -554,13 +617,19 @@ def test_facts_of_a_training_that_do_not_fit_are_refused(tmp_path, change, messa
     refused(tmp_path / "m", f"does not fit this version of makemoe .*({message})", load_training)
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda tensors: tensors.pop("training.order"), "training.order"),
-    (lambda tensors: tensors.pop("training.random.cpu"), "training.random.cpu"),
-    (lambda tensors: tensors.update({"training.memory.exp_avg_sq.norm.weight": torch.zeros(3)}), "exp_avg_sq of norm.weight"),
-    (lambda tensors: tensors.update({"training.memory.exp_avg.nobody": torch.zeros(3)}), "nobody"),
-    (lambda tensors: tensors.update({"training.order": torch.zeros(3)}), "TypeError|RuntimeError"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda tensors: tensors.pop("training.order"), "training.order"),
+        (lambda tensors: tensors.pop("training.random.cpu"), "training.random.cpu"),
+        (
+            lambda tensors: tensors.update({"training.memory.exp_avg_sq.norm.weight": torch.zeros(3)}),
+            "exp_avg_sq of norm.weight",
+        ),
+        (lambda tensors: tensors.update({"training.memory.exp_avg.nobody": torch.zeros(3)}), "nobody"),
+        (lambda tensors: tensors.update({"training.order": torch.zeros(3)}), "TypeError|RuntimeError"),
+    ],
+)
 def test_tensors_of_a_training_that_do_not_fit_are_refused(tmp_path, change, message):
     model, state, told = begin()
     run(model, state, stop=3)

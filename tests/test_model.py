@@ -342,7 +342,7 @@ def test_what_is_impossible_is_refused_in_one_line(name, value):
         (dict(n_embd=130), "n_embd = 130 channels cannot be divided among n_head = 4 heads"),
         (
             dict(n_embd=132),
-            "rotary positions turn pairs of channels, but a head has n_embd / n_head = 33: choose an even number",
+            "rotary positions turn pairs of channels: n_embd / n_head = 33 is odd",
         ),
     ],
 )

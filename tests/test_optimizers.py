@@ -14,7 +14,8 @@ from makemoe.model import MoEConfig, SparseMoELanguageModel
 from makemoe.optimizers import OPTIMIZERS, Muon, Together, muon, orthogonalize
 from makemoe.training import TrainConfig, TrainState, learning_rate, train
 
-TINY = MoEConfig(vocab_size=11, block_size=8, n_embd=16, n_head=2, n_layer=2, num_experts=4, top_k=2, n_hidden=16, bias=True)
+SIZES = dict(vocab_size=11, block_size=8, n_embd=16, n_head=2, n_layer=2, num_experts=4, top_k=2, n_hidden=16)
+TINY = MoEConfig(**SIZES, bias=True)
 SHORT = TrainConfig(steps=7, batch_size=4, lr=0.01, warmup=2, eval_every=3, eval_blocks=4)
 TEXTS = [torch.randint(11, (length,), generator=torch.Generator().manual_seed(length)) for length in (200, 90)]
 
@@ -43,8 +44,10 @@ def test_muon_is_that_of_pytorch(shape):
     torch.manual_seed(0)
     start = torch.randn(shape)
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
-    optimizers = (Muon([ours], lr=0.1, weight_decay=0.3),
-                  torch.optim.Muon([theirs], lr=0.1, weight_decay=0.3, adjust_lr_fn="match_rms_adamw"))
+    optimizers = (
+        Muon([ours], lr=0.1, weight_decay=0.3),
+        torch.optim.Muon([theirs], lr=0.1, weight_decay=0.3, adjust_lr_fn="match_rms_adamw"),
+    )
     for _ in range(4):
         ours.grad = torch.randn(shape)
         theirs.grad = ours.grad.clone()

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from makemoe.checkpoints import load_checkpoint
-from makemoe.shakespeare import stop_by_signal
+from makemoe.shakespeare import hold, stop_by_signal
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,7 +28,10 @@ class State:
 
 def timeless(history):
     "The records without what a clock measured."
-    return [{key: value for key, value in record.items() if key not in ("seconds", "tokens_per_second")} for record in history]
+    return [
+        {key: value for key, value in record.items() if key not in ("seconds", "tokens_per_second")}
+        for record in history
+    ]
 
 
 def rewrite(path, change):
@@ -140,9 +143,13 @@ for line in sys.stdin:
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes and kills them, which this system cannot")
-MODEL = ("--n-layer 1 --n-embd 16 --n-head 2 --n-hidden 16 --num-experts 4 --block-size 16 --router noisy --dropout 0.2 "
-         "--capacity-factor 1 --experts grouped --device cpu").split()
+needs_fork = pytest.mark.skipif(
+    not hasattr(os, "fork"), reason="forks processes and kills them, which this system cannot"
+)
+MODEL = (
+    "--n-layer 1 --n-embd 16 --n-head 2 --n-hidden 16 --num-experts 4 --block-size 16 --router noisy --dropout 0.2 "
+    "--capacity-factor 1 --experts grouped --device cpu"
+).split()
 SETTINGS = "--data play.txt --steps 100 --eval-every 2 --batch-size 4 --eval-blocks 4 --warmup 10 --lr 0.01".split()
 COMMAND = ["train", "laptop", *MODEL, *SETTINGS]
 CHECKPOINT = Path("runs/laptop/model.safetensors")
@@ -181,7 +188,9 @@ class Life:
 @pytest.fixture(scope="module")
 def parent():
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg", "COLUMNS": "200"}
-    process = subprocess.Popen([sys.executable, "-c", PARENT], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", PARENT], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     yield process
     process.stdin.close()
     process.wait()
@@ -225,7 +234,9 @@ def saved_step(folder):
 @needs_fork
 def test_killed_at_many_moments_it_ends_as_if_it_had_never_been(start, tmp_path, uninterrupted):
     dice, words, places, halves = random.Random(2024), COMMAND, [], 0
-    kills = [[where, dice.randint(2, 3), dice.random()] for where in ("write", "fsync", "replace") for _ in range(2)] + [None] * 6
+    kills = [
+        [where, dice.randint(2, 3), dice.random()] for where in ("write", "fsync", "replace") for _ in range(2)
+    ] + [None] * 6
     dice.shuffle(kills)
     for die in kills:
         if die:
@@ -340,10 +351,15 @@ def test_a_place_that_cannot_be_written_is_one_line(start, tmp_path):
 def test_a_loss_that_is_not_finite_names_step_rate_and_the_last_good_checkpoint(start, tmp_path):
     words = [*COMMAND[:-1], "1e30", "--final-lr", "1", "--warmup", "0", "--eval-every", "1"]
     complaint = complaint_of(start(words))
-    found = re.fullmatch(r"makemoe: .*(not finite|is nan|is inf).*; "
-                         rf"{CHECKPOINT} is of the last good evaluation; a smaller --lr may help\n", complaint)
+    found = re.fullmatch(
+        r"makemoe: .*(not finite|is nan|is inf).*; "
+        rf"{CHECKPOINT} is of the last good evaluation; a smaller --lr may help\n",
+        complaint,
+    )
     assert found, complaint
-    assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / CHECKPOINT).values() if tensor.is_floating_point())
+    assert all(
+        tensor.isfinite().all() for tensor in load_file(tmp_path / CHECKPOINT).values() if tensor.is_floating_point()
+    )
 
 
 @needs_fork
@@ -353,12 +369,18 @@ def test_what_cannot_be_resumed_is_one_line(start, tmp_path):
     leave_unfinished(start)
     before = (tmp_path / CHECKPOINT).read_bytes()
 
-    assert "runs/laptop has other settings: batch_size was 4, is 5" in complaint_of(start([*resume, "--batch-size", "5"]))
-    assert "n_embd was 16, is 32; lr was 0.01, is 0.5" in complaint_of(start([*resume, "--n-embd", "32", "--lr", "0.5"]))
+    assert "runs/laptop has other settings: batch_size was 4, is 5" in complaint_of(
+        start([*resume, "--batch-size", "5"])
+    )
+    assert "n_embd was 16, is 32; lr was 0.01, is 0.5" in complaint_of(
+        start([*resume, "--n-embd", "32", "--lr", "0.5"])
+    )
     assert "optimizer was adamw, is muon" in complaint_of(start([*resume, "--optimizer", "muon"]))
     (tmp_path / "other.txt").write_text("QUEEN:\nOf another text there are other characters?\n" * 60, encoding="utf-8")
     complaint = complaint_of(start([*resume, "--data", "other.txt"]))
-    assert re.search(r"vocab_size was 22, is 20; text was 3000 characters, checksum [0-9a-f]{8}, is 3060 ", complaint), complaint
+    assert re.search(
+        r"vocab_size was 22, is 20; text was 3000 characters, checksum [0-9a-f]{8}, is 3060 ", complaint
+    ), complaint
     assert "there is no run runs/lap to go on with" in complaint_of(start([*resume, "--name", "lap"]))
 
     (tmp_path / CHECKPOINT).write_bytes(before[:-1])
@@ -375,7 +397,13 @@ def test_what_cannot_be_resumed_is_one_line(start, tmp_path):
 
 @needs_fork
 def test_of_several_runs_the_furthest_with_the_same_settings_goes_on_whatever_the_clock_says(start, tmp_path):
-    for words, reports in ([*COMMAND, "--seed", "1"], 1), (COMMAND, 6), (COMMAND, 1), (COMMAND, 9), ([*COMMAND, "--name", "laptop-x"], 1):
+    for words, reports in (
+        ([*COMMAND, "--seed", "1"], 1),
+        (COMMAND, 6),
+        (COMMAND, 1),
+        (COMMAND, 9),
+        ([*COMMAND, "--name", "laptop-x"], 1),
+    ):
         leave_unfinished(start, words, reports)
     runs = tmp_path / "runs"
     assert {path.name for path in runs.iterdir()} == {"laptop", "laptop-2", "laptop-3", "laptop-4", "laptop-x"}
@@ -391,21 +419,17 @@ def test_of_several_runs_the_furthest_with_the_same_settings_goes_on_whatever_th
 
 
 @needs_fork
-def test_a_run_that_goes_on_elsewhere_is_not_joined(start, parent, tmp_path):
-    long = [*COMMAND, "--steps", "100000"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1"}
-    first = subprocess.Popen([sys.executable, "-m", "makemoe", *long], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
-    try:
-        next(line for line in first.stdout if line.startswith("step 2:"))
-        assert f"runs/laptop is being trained by process {first.pid}: stop that one first" in complaint_of(start([*long, "--resume"]))
-        assert first.poll() is None
-        first.send_signal(signal.SIGTERM)
-        said = first.communicate(timeout=60)[0]
-        assert first.returncode == 143 and "--resume goes on" in said
-    finally:
-        first.kill()
-    status, said, _ = start([*long, "--resume"]).kill_after(1, 0)
-    assert status == -signal.SIGKILL and "going on with runs/laptop" in said
+def test_a_run_that_goes_on_elsewhere_is_not_joined(start, tmp_path):
+    resume = [*COMMAND, "--resume"]
+    life = start(COMMAND)
+    assert life.kill_after(2, 0)[0] == -signal.SIGKILL
+    before = (tmp_path / CHECKPOINT).read_bytes()
+    with hold(tmp_path / "runs/laptop", "busy"):  # as the process that was killed did
+        assert f"runs/laptop is being trained by process {life.pid}: stop that one first" in complaint_of(start(resume))
+        assert (tmp_path / CHECKPOINT).read_bytes() == before
+        status, *_ = start(COMMAND).kill_after(1, 0)  # a new run has a folder of its own
+        assert status == -signal.SIGKILL and (tmp_path / "runs/laptop-2").is_dir()
+    assert start(resume).kill_after(1, 0)[0] == -signal.SIGKILL, "the lock has ended"
 
 
 @needs_fork

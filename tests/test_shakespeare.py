@@ -27,8 +27,10 @@ ROOT = Path(__file__).parent.parent
 PLAY = "KING:\nTo be, or not to be, that is the question.\n\n" * 80
 MODEL = MoEConfig(n_layer=1, n_embd=16, n_head=2, n_hidden=16, block_size=16)
 SHORT = TrainConfig(steps=4, batch_size=4, eval_every=2, eval_blocks=4)
-TINY = ("--n-layer 1 --n-embd 16 --n-head 2 --n-hidden 16 --block-size 16 --batch-size 4 --eval-blocks 4 "
-        "--steps 4 --eval-every 2 --device cpu --data play.txt").split()
+TINY = (
+    "--n-layer 1 --n-embd 16 --n-head 2 --n-hidden 16 --block-size 16 --batch-size 4 --eval-blocks 4 "
+    "--steps 4 --eval-every 2 --device cpu --data play.txt"
+).split()
 
 
 @pytest.mark.parametrize("name", ["write", "new_folder", "held_out_loss"])
@@ -58,13 +60,16 @@ def quick(monkeypatch, request):
     if "complete" in request.fixturenames:
         return
     real = shakespeare.write
-    monkeypatch.setattr(shakespeare, "draw_history", lambda _, folder: [(folder / f"{name}.png").touch() for name in ("loss", "load")])
+    monkeypatch.setattr(
+        shakespeare, "draw_history", lambda _, folder: [(folder / f"{name}.png").touch() for name in ("loss", "load")]
+    )
     monkeypatch.setattr(shakespeare, "write", lambda *four, **settings: real(*four[:3], min(four[3], 60), **settings))
 
 
 @pytest.fixture
 def here(monkeypatch, capsys):
     "The command in this process, which has imported everything: (status, what it said, what it complained of)."
+
     def run(*words):
         monkeypatch.setenv("COLUMNS", "200")
         monkeypatch.setattr(sys, "argv", ["makemoe", *map(str, words)])
@@ -73,6 +78,7 @@ def here(monkeypatch, capsys):
         except SystemExit as leave:
             status = leave.code
         return status or 0, *capsys.readouterr()
+
     return run
 
 
@@ -94,7 +100,9 @@ def test_training_leaves_all_results_and_says_where(here, complete):
     status, said, complained = here("train", "laptop", *TINY, "--steps", "40", "--eval-every", "20", "--lr", "0.01")
     assert (status, complained) == (0, "")
     assert {path.name for path in Path("runs/laptop").iterdir()} == set(RESULTS)
-    assert all(os.path.join("runs", "laptop", name) in said and Path("runs/laptop", name).stat().st_size for name in RESULTS)
+    assert all(
+        os.path.join("runs", "laptop", name) in said and Path("runs/laptop", name).stat().st_size for name in RESULTS
+    )
     sample = Path("runs/laptop/sample.txt").read_text(encoding="utf-8")
     assert len(sample) == 1001 and sample.strip() in said
     lines = [line for line in said.splitlines() if line.startswith("step ")]
@@ -131,33 +139,41 @@ def test_every_field_of_the_configs_is_an_option(here):
     assert "(default: 384)" in text, "the options start from the preset"
 
 
-@pytest.mark.parametrize("words, message", [
-    (["--data", "nowhere.txt"], "no file nowhere.txt"),
-    (["--block-size", "400"], "play.txt is too short: it has 4000 characters"),
-    (["--prompt", "Zoë:"], "'Z', 'ë'"),
-    (["--device", "gpu"], "there is no device 'gpu' here, only cpu"),
-    (["--device", "meta"], "there is no device 'meta' here, only cpu"),
-    (["--device", "cuda:99"], "there is no device 'cuda:99' here, only cpu"),
-    (["--n-embd", "10000000"], "of memory, and there are"),
-    (["--batch-size", "100000000"], "of memory, and there are"),
-    *((["--name", name], "a run cannot have the name") for name in
-      ("", ".", "..", "x/", "/tmp/x", "../x", "a/../b", "a//b", "a\nb", "C:x", "a\\b", " ", "n" * 300)),
-])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--data", "nowhere.txt"], "no file nowhere.txt"),
+        (["--block-size", "400"], "play.txt is too short: it has 4000 characters"),
+        (["--prompt", "Zoë:"], "'Z', 'ë'"),
+        (["--device", "gpu"], "there is no device 'gpu' here, only cpu"),
+        (["--device", "meta"], "there is no device 'meta' here, only cpu"),
+        (["--device", "cuda:99"], "there is no device 'cuda:99' here, only cpu"),
+        (["--n-embd", "10000000"], "of memory, and there are"),
+        (["--batch-size", "100000000"], "of memory, and there are"),
+        *(
+            (["--name", name], "a run cannot have the name")
+            for name in ("", ".", "..", "x/", "/tmp/x", "../x", "a/../b", "a//b", "a\nb", "C:x", "a\\b", " ", "n" * 300)
+        ),
+    ],
+)
 def test_what_can_be_known_before_the_first_step_is_said_before_it(here, words, message):
     status, said, complained = here("train", "laptop", *TINY, *words)
     assert message in complaint(status, said, complained)
     assert "step 0" not in said and not Path("runs").exists()
 
 
-@pytest.mark.parametrize("words, message", [
-    (["train", "laptop", "--top-k", "9"], "top_k = 9 experts per token, but there are only num_experts = 8"),
-    (["train", "laptop", "--n-hidden", str(10**40)], "n_hidden is 1"),
-    (["train", "laptop", "--n-hidden", str(10**400)], "n_hidden is 1"),
-    (["train", "laptop", "--steps", "0"], "steps is 0, but must be at least 1"),
-    (["generate", "--checkpoint", "nowhere"], "no checkpoint nowhere"),
-    (["generate"], "no model below runs yet"),
-    (["generate", "--device", "cuda:99"], "there is no device 'cuda:99' here"),
-])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["train", "laptop", "--top-k", "9"], "top_k = 9 experts per token, but there are only num_experts = 8"),
+        (["train", "laptop", "--n-hidden", str(10**40)], "n_hidden is 1"),
+        (["train", "laptop", "--n-hidden", str(10**400)], "n_hidden is 1"),
+        (["train", "laptop", "--steps", "0"], "steps is 0, but must be at least 1"),
+        (["generate", "--checkpoint", "nowhere"], "no checkpoint nowhere"),
+        (["generate"], "no model below runs yet"),
+        (["generate", "--device", "cuda:99"], "there is no device 'cuda:99' here"),
+    ],
+)
 def test_other_mistakes_are_named_too(here, words, message):
     status, _, complained = here(*words)
     assert status == 2 and message in " ".join(complained.replace("│", " ").split())
@@ -175,7 +191,11 @@ def test_too_little_memory_is_one_line(here, monkeypatch):
         raise error
 
     monkeypatch.setattr(shakespeare, "train", no_memory)
-    for error in MemoryError(), torch.OutOfMemoryError("CUDA out of memory.\nTried to"), RuntimeError("can't allocate memory"):
+    for error in (
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory.\nTried to"),
+        RuntimeError("can't allocate memory"),
+    ):
         assert "out of memory: a smaller --batch-size" in complaint(*here("train", "laptop", *TINY))
     error = RuntimeError("a mistake of ours")
     with pytest.raises(RuntimeError, match="a mistake of ours"):
@@ -203,7 +223,9 @@ def test_a_full_disk_names_the_folder(here, monkeypatch):
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
 def test_what_a_console_cannot_show_is_replaced(monkeypatch, encoding):
-    Path("zh.txt").write_text("\u5e8a\u524d\u660e\u6708\u5149\uff0c\u7591\u662f\u5730\u4e0a\u971c\u3002\n" * 200, encoding="utf-8")
+    Path("zh.txt").write_text(
+        "\u5e8a\u524d\u660e\u6708\u5149\uff0c\u7591\u662f\u5730\u4e0a\u971c\u3002\n" * 200, encoding="utf-8"
+    )
     for words in ["train", "laptop", *TINY, "--data", "zh.txt"], ["generate", "--num-tokens", "20"]:
         out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
         monkeypatch.setattr(sys, "stdout", out)
@@ -288,7 +310,9 @@ def test_mlflow_gets_settings_metrics_pictures_sample_and_the_place_of_the_check
     for name, value in {**asdict(replace(MODEL, vocab_size=22)), **asdict(SHORT), "optimizer": "adamw"}.items():
         assert logged.data.params[name] == str(value)
     assert logged.data.params["checkpoint"] == str(tmp_path / "runs" / "tuesday" / "model.safetensors")
-    assert {"train_loss", "val_loss", "seconds", "tokens_per_second", "imbalance_0", "dropped_0"} == set(logged.data.metrics)
+    assert {"train_loss", "val_loss", "seconds", "tokens_per_second", "imbalance_0", "dropped_0"} == set(
+        logged.data.metrics
+    )
     assert [point.step for point in client.get_metric_history(logged.info.run_id, "val_loss")] == [0, 2, 4]
     files = list(tmp_path.glob(f"**/{logged.info.run_id}/artifacts/*")) or client.list_artifacts(logged.info.run_id)
     assert {Path(getattr(file, "path", file)).name for file in files} == set(RESULTS) - {"model.safetensors"}
@@ -307,14 +331,25 @@ def break_database(root, how, database):
         file.mkdir()
     elif how in ("locked", "newer"):
         connection = sqlite3.connect(file, isolation_level=None)
-        connection.execute("BEGIN EXCLUSIVE" if how == "locked" else "UPDATE alembic_version SET version_num = 'future'")
+        connection.execute(
+            "BEGIN EXCLUSIVE" if how == "locked" else "UPDATE alembic_version SET version_num = 'future'"
+        )
         return connection
     elif how == "read-only":
         os.chmod(file, 0o400)
 
 
-@pytest.mark.parametrize("how, says", [("text", "not a database"), ("cut", "damaged|malformed"), ("a folder", "unable to open"),
-                                       ("locked", "locked"), ("newer", "future"), ("read-only", "readonly")])
+@pytest.mark.parametrize(
+    "how, says",
+    [
+        ("text", "not a database"),
+        ("cut", "damaged|malformed"),
+        ("a folder", "unable to open"),
+        ("locked", "locked"),
+        ("newer", "future"),
+        ("read-only", "readonly"),
+    ],
+)
 def test_mlflow_that_cannot_begin_is_one_line_before_the_first_step(here, tmp_path, database, how, says):
     if how == "read-only" and os.name == "posix" and os.geteuid() == 0:
         pytest.skip("root may write everything")
@@ -322,7 +357,9 @@ def test_mlflow_that_cannot_begin_is_one_line_before_the_first_step(here, tmp_pa
     status, said, complained = here("train", "laptop", *TINY, "--mlflow")
     if spoiled:
         spoiled.close()
-    assert re.search(rf"cannot log to {tmp_path}/mlflow.db .*({says}).*train without --mlflow", complaint(status, said, complained))
+    assert re.search(
+        rf"cannot log to {tmp_path}/mlflow.db .*({says}).*train without --mlflow", complaint(status, said, complained)
+    )
     assert "step 0" not in said and time.perf_counter() - began < 15
 
 
@@ -353,8 +390,11 @@ def test_a_training_does_not_end_because_its_log_does(client, tmp_path, capsys, 
             return super().__getitem__(key)
 
     real = shakespeare.train
-    monkeypatch.setattr(shakespeare, "train", lambda *arguments: real(
-        *arguments[:5], lambda record: arguments[5](Spoiler(record)), arguments[6]))
+    monkeypatch.setattr(
+        shakespeare,
+        "train",
+        lambda *arguments: real(*arguments[:5], lambda record: arguments[5](Spoiler(record)), arguments[6]),
+    )
     run_training(RUN)
     said, complained = capsys.readouterr()
     assert "runs/tuesday/sample.html" in said
@@ -378,7 +418,10 @@ def test_a_resumed_training_goes_on_in_its_own_mlflow_run_wherever_it_stands(cli
     ids = {run.data.params["checkpoint"]: run.info.run_id for run in runs_of(client) if run.info.run_name == "tuesday"}
     run_training(replace(RUN, data="../play.txt", resume=True))
     ended = {run.info.run_id: run.info.status for run in runs_of(client)}
-    assert [ended[ids[str(tmp_path / folder / "runs/tuesday/model.safetensors")]] for folder in ("one", "two")] == ["FINISHED", "KILLED"]
+    assert [ended[ids[str(tmp_path / folder / "runs/tuesday/model.safetensors")]] for folder in ("one", "two")] == [
+        "FINISHED",
+        "KILLED",
+    ]
     assert len(ended) == 3
 
 

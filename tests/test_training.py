@@ -68,26 +68,29 @@ def test_constant_learning_rate_of_the_article():
 # ---- the settings
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(steps=0), "steps is 0, but must be at least 1"),
-    (dict(batch_size=-1), "batch_size is -1, but must be at least 1"),
-    (dict(eval_every=0), "eval_every is 0, but must be at least 1"),
-    (dict(eval_blocks=0), "eval_blocks is 0, but must be at least 1"),
-    (dict(warmup=-1), "warmup is -1, but must be at least 0"),
-    (dict(final_lr=-0.1), "final_lr is -0.1, but must be at least 0"),
-    (dict(weight_decay=-1), "weight_decay is -1, but must be at least 0"),
-    (dict(lr=0), "lr is 0, but must be above 0"),
-    (dict(lr=math.nan), "lr is nan, but must be at least 0 and finite"),
-    (dict(lr=math.inf), "lr is inf, but must be at least 0 and finite"),
-    (dict(clip=0.0), "clip is 0, but must be above 0"),
-    (dict(clip=math.nan), "clip is nan"),
-    (dict(beta2=1.0), "beta2 is 1.0, but must be below 1"),
-    (dict(seed=-1), "seed is -1, but must be at least 0"),
-    (dict(steps=2.5), "steps is 2.5, but must be a whole number"),
-    (dict(steps=True), "steps is True, but must be a whole number"),
-    (dict(lr="fast"), "lr is 'fast', but must be a number"),
-    (dict(lr=None), "lr is None, but must be a number"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(steps=0), "steps is 0, but must be at least 1"),
+        (dict(batch_size=-1), "batch_size is -1, but must be at least 1"),
+        (dict(eval_every=0), "eval_every is 0, but must be at least 1"),
+        (dict(eval_blocks=0), "eval_blocks is 0, but must be at least 1"),
+        (dict(warmup=-1), "warmup is -1, but must be at least 0"),
+        (dict(final_lr=-0.1), "final_lr is -0.1, but must be at least 0"),
+        (dict(weight_decay=-1), "weight_decay is -1, but must be at least 0"),
+        (dict(lr=0), "lr is 0, but must be above 0"),
+        (dict(lr=math.nan), "lr is nan, but must be at least 0 and finite"),
+        (dict(lr=math.inf), "lr is inf, but must be at least 0 and finite"),
+        (dict(clip=0.0), "clip is 0, but must be above 0"),
+        (dict(clip=math.nan), "clip is nan"),
+        (dict(beta2=1.0), "beta2 is 1.0, but must be below 1"),
+        (dict(seed=-1), "seed is -1, but must be at least 0"),
+        (dict(steps=2.5), "steps is 2.5, but must be a whole number"),
+        (dict(steps=True), "steps is True, but must be a whole number"),
+        (dict(lr="fast"), "lr is 'fast', but must be a number"),
+        (dict(lr=None), "lr is None, but must be a number"),
+    ],
+)
 def test_settings_that_make_no_sense_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(**changes)
@@ -145,9 +148,15 @@ def by_hand(model, ids, config):
                 w -= lr * moved
 
 
-@pytest.mark.parametrize("changes", [
-    {}, dict(clip=0.05, weight_decay=3.0, beta2=0.5), dict(warmup=0, final_lr=1.0, clip=math.inf),
-], ids=["plain", "strong", "constant"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        dict(clip=0.05, weight_decay=3.0, beta2=0.5),
+        dict(warmup=0, final_lr=1.0, clip=math.inf),
+    ],
+    ids=["plain", "strong", "constant"],
+)
 def test_training_equals_adamw_by_hand(changes):
     config = replace(SHORT, steps=5, **changes)
     sizes = replace(TINY, bias=True, norm="layer")  # more vectors
@@ -181,14 +190,29 @@ def test_training_learns_a_repetitive_text():
     assert history[-1]["val_loss"] < 0.5 < math.log(tokenizer.vocab_size) / 4
 
 
-@pytest.mark.parametrize("steps, every, expected", [
-    (7, 3, [0, 3, 6, 7]), (6, 3, [0, 3, 6]), (1, 100, [0, 1]), (2, 1, [0, 1, 2]),
-])
+@pytest.mark.parametrize(
+    "steps, every, expected",
+    [
+        (7, 3, [0, 3, 6, 7]),
+        (6, 3, [0, 3, 6]),
+        (1, 100, [0, 1]),
+        (2, 1, [0, 1, 2]),
+    ],
+)
 def test_records_are_plain_data(steps, every, expected):
     history = train(tiny_model(), text(200), text(90), replace(SHORT, steps=steps, eval_every=every))
     assert [record["step"] for record in history] == expected
     for record in history:
-        assert set(record) == {"step", "seconds", "tokens_per_second", "train_loss", "val_loss", "load", "imbalance", "dropped"}
+        assert set(record) == {
+            "step",
+            "seconds",
+            "tokens_per_second",
+            "train_loss",
+            "val_loss",
+            "load",
+            "imbalance",
+            "dropped",
+        }
         assert [sum(layer) for layer in record["load"]] == [4 * 8 * 2] * 2
         assert record["dropped"] == [0.0, 0.0]  # no capacity is limited
         assert (record["tokens_per_second"] > 0) == (record["step"] > 0)
@@ -204,8 +228,14 @@ def test_seconds_go_on_from_those_of_the_state(monkeypatch):
     state = TrainState(model, SHORT)
     for stop in 2, None:
         state.stop = False
-        history = train(model, text(200), text(90), SHORT, state=state,
-                        on_step=lambda state, _, stop=stop: setattr(state, "stop", state.step == stop))
+        history = train(
+            model,
+            text(200),
+            text(90),
+            SHORT,
+            state=state,
+            on_step=lambda state, _, stop=stop: setattr(state, "stop", state.step == stop),
+        )
         assert state.seconds == state.step
         now[0] += 1000  # nobody works
     assert [record["seconds"] for record in history] == [0, 3, 6, 7]
@@ -278,7 +308,8 @@ def test_losses_are_read_every_ten_steps_and_not_at_each():
     model = tiny_model()
     config = replace(SHORT, steps=35, eval_every=35)
     model.register_forward_hook(
-        lambda module, _, output: replace(output, loss=output.loss * math.nan) if module.training else None)
+        lambda module, _, output: replace(output, loss=output.loss * math.nan) if module.training else None
+    )
     steps = []
     with pytest.raises(FloatingPointError, match="the loss of step 0 is nan"):
         train(model, text(200), text(90), config, on_step=lambda state, loss: steps.append(state.step))
@@ -287,7 +318,9 @@ def test_losses_are_read_every_ten_steps_and_not_at_each():
 
 def test_an_evaluation_that_is_not_finite_stops_before_anything_is_recorded():
     model, seen = tiny_model(), []
-    model.lm_head.register_forward_hook(lambda head, _, logits: None if head.training or len(seen) < 2 else logits * math.nan)
+    model.lm_head.register_forward_hook(
+        lambda head, _, logits: None if head.training or len(seen) < 2 else logits * math.nan
+    )
     with pytest.raises(FloatingPointError, match="the loss of step 6 is nan"):
         train(model, text(200), text(90), SHORT, on_eval=seen.append)
     assert len(seen) == 2
@@ -300,8 +333,14 @@ def test_stopping_and_going_on_changes_nothing_however_much_is_random():
         state = TrainState(model, SHORT)
         for stop in (*pauses, None):
             state.stop = False
-            history = train(model, text(200), text(90), SHORT, state=state,
-                            on_step=lambda state, _, stop=stop: setattr(state, "stop", state.step == stop))
+            history = train(
+                model,
+                text(200),
+                text(90),
+                SHORT,
+                state=state,
+                on_step=lambda state, _, stop=stop: setattr(state, "stop", state.step == stop),
+            )
         runs.append(([(record["step"], record["val_loss"]) for record in history], model.state_dict()))
     (one, weights), (other, other_weights) = runs
     assert one == other

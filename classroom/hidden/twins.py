@@ -9,8 +9,22 @@ from makemoe.model import MoEConfig
 @check
 def check_dense_twin(dense_twin):
     yield "it also follows a config with biases, layer norm and learned positions"
-    config = MoEConfig(vocab_size=7, block_size=5, n_embd=6, n_head=2, n_layer=3, num_experts=3, top_k=1, n_hidden=10,
-                       router="noisy", positions="learned", norm="layer", activation="relu", bias=True, dropout=0.5)
+    config = MoEConfig(
+        vocab_size=7,
+        block_size=5,
+        n_embd=6,
+        n_head=2,
+        n_layer=3,
+        num_experts=3,
+        top_k=1,
+        n_hidden=10,
+        router="noisy",
+        positions="learned",
+        norm="layer",
+        activation="relu",
+        bias=True,
+        dropout=0.5,
+    )
     twin = dense_twin(config, 9)
     same(sum(weight.numel() for weight in twin.blocks[2].moe.parameters()), 2 * 6 * 9 + 9 + 6, "weights of an MLP")
     ids = torch.randint(7, (4, 5))

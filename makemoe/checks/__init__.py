@@ -80,7 +80,7 @@ def close(got, want, what="the answer", rtol=1e-5, atol=1e-6):
         assert isinstance(got, (int, float)) or isinstance(got, torch.Tensor) and got.numel() == 1, (
             f"{what}: {short(got)}, but should be a number"
         )
-        got, want = torch.tensor(float(got), dtype=torch.float64), torch.tensor(float(want), dtype=torch.float64)
+        got, want = (torch.as_tensor(number).detach().double().reshape(()) for number in (got, want))
     assert type(got) in (torch.Tensor, torch.nn.Parameter), f"{what}: {short(got)}, but should be a tensor"
     assert got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, but should be {tuple(want.shape)}"
     assert got.dtype == want.dtype, f"{what}: {got.dtype}, but should be {want.dtype}"
@@ -107,7 +107,7 @@ def same_gradients(got, want, sources, what="the answer", rtol=1e-4, atol=1e-6):
     assert got.requires_grad, f"no gradient reaches {', '.join(sources)} from {what}"
     direction = torch.randn_like(want)
     pairs = [
-        torch.autograd.grad(y, list(sources.values()), direction, retain_graph=True, allow_unused=True)
+        torch.autograd.grad((y * direction).sum(), list(sources.values()), retain_graph=True, allow_unused=True)
         for y in (got, want)
     ]
     for name, ours, theirs in zip(sources, *pairs):

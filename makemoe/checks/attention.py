@@ -6,7 +6,7 @@ from makemoe.checks import check, close, refuses, same, same_gradients, unchange
 
 
 def attend_slowly(q, k, v):
-    "Causal attention (..., T, D) by the formula, one token after the other: no mask, no token that is still to come."
+    "Causal attention (..., T, D) by the formula, one token after the other: no mask, and no later tokens to hide."
     rows = []
     for t in range(q.shape[-2]):
         scores = (q[..., t : t + 1, :] * k[..., : t + 1, :]).sum(dim=-1) / q.shape[-1] ** 0.5  # (..., t + 1)
@@ -51,7 +51,7 @@ def check_head(Head):
     yield "the gradient reaches x and all three layers, in evaluation mode too"
     same_gradients(got, want, parameters_and(head, x=x), "the output")
     same_gradients(head.eval()(x), want, parameters_and(head, x=x), "the output in evaluation mode")
-    yield "one head fits sequences of any length, with any shape in front or none"
+    yield "sequences may have any length, with any number of axes before T"
     close(head(x[:, :3]), want[:, :3], "the output of the first 3 tokens alone")
     close(head(x[1]), want[1], "the output of a sequence without a batch")
     close(head(x[None, :, :1]), want[None, :, :1], "the output of (1, 2, 1, 12) tokens")
@@ -65,9 +65,9 @@ def check_head(Head):
     )
     yield "large scores give numbers, not nan"
     assert head(1e4 * x).isfinite().all(), "some outputs are not finite where x is 10,000 times as large"
-    yield "it works in the type and on the device of x, and forward adds nothing to what a checkpoint holds"
+    yield "the output has the dtype and the device of x, and forward adds nothing to state_dict()"
     same(list(head.state_dict()), names, "the names in state_dict()")
-    same(Head(12, 5).bfloat16()(x.bfloat16()).dtype, torch.bfloat16, "the type of the output for bfloat16")
+    same(Head(12, 5).bfloat16()(x.bfloat16()).dtype, torch.bfloat16, "the dtype of the output for bfloat16")
     same(Head(12, 5).to("meta")(x.to("meta")).device.type, "meta", "the device of the output")
 
 
@@ -94,10 +94,10 @@ def check_rotate(rotate):
     close(rotate(x[..., :2], positions), rotate_as_complex(x[..., :2], positions), "D = 2", 1e-4, 1e-5)
     yield "the gradient reaches x"
     same_gradients(got, rotate_as_complex(x, positions), {"x": x}, "the turned vectors", 1e-3, 1e-5)
-    yield "type and device of x are kept, and angles are float32 even where x is not"
+    yield "the result has the dtype and the device of x, and angles are float32 even if x is not"
     low = rotate(x.bfloat16(), 300 + positions)
     close(low, rotate_as_complex(x.bfloat16(), 300 + positions), "bfloat16 at the positions from 300 on", 0.05, 0.05)
-    same(rotate(x.double(), positions).dtype, torch.float64, "the type of the result for float64")
+    same(rotate(x.double(), positions).dtype, torch.float64, "the dtype of the result for float64")
     same(rotate(x.to("meta"), positions.to("meta")).device.type, "meta", "the device of the result")
     yield "an odd number of channels is refused"
     refuses(ValueError, lambda: rotate(x[..., :5], positions), "even", 5)
@@ -114,26 +114,26 @@ def check_multi_head_attention(MultiHeadAttention):
     for (n_head, rotary), layer in layers.items():
         what = f"the output of {n_head} head{'s' * (n_head > 1)}{', rotary' * rotary}"
         want = attend_by_heads(layer, x, n_head, rotary)
-        yield f"{what} is what its heads gather, side by side, through proj"
+        yield f"{what}: the outputs of the heads side by side, then proj"
         with unchanged(x=x, **dict(layer.named_parameters())):
             got = layer(x)
         close(got, want, what, 1e-4, 1e-5)
-        yield f"the gradient of {what} reaches x and all weights, in evaluation mode too"
+        yield f"{what}: the gradient reaches x and all weights, in evaluation mode too"
         same_gradients(got, want, parameters_and(layer, x=x), what, 1e-3, 1e-5)
         same_gradients(layer.eval()(x), want, parameters_and(layer, x=x), what, 1e-3, 1e-5)
-    yield "one layer fits sequences of any length"
+    yield "sequences may have any length"
     layer, long = layers[3, True], torch.randn(1, 300, 12)
     close(layer(x[:, :1]), attend_by_heads(layer, x[:, :1], 3, True), "the output of a single token", 1e-4, 1e-5)
     close(layer(long), attend_by_heads(layer, long, 3, True), "the output of 300 tokens", 1e-3, 1e-4)
     yield "without bias, proj has none"
     layer = MultiHeadAttention(8, 2, bias=False)
     close(layer(x[..., :8]), attend_by_heads(layer, x[..., :8], 2, False), "the output without bias", 1e-4, 1e-5)
-    yield "it works in the type and on the device of x, and forward adds nothing to what a checkpoint holds"
+    yield "the output has the dtype and the device of x, and forward adds nothing to state_dict()"
     same(list(layers[3, True].state_dict()), names, "the names in state_dict()")
     same(
         MultiHeadAttention(12, 3, True).bfloat16()(x.bfloat16()).dtype,
         torch.bfloat16,
-        "the type of the output for bfloat16",
+        "the dtype of the output for bfloat16",
     )
     same(MultiHeadAttention(12, 3, True).to("meta")(x.to("meta")).device.type, "meta", "the device of the output")
     yield from dropout_is_as_promised(MultiHeadAttention)
@@ -149,7 +149,7 @@ def dropout_is_as_promised(MultiHeadAttention):
     """Dropout of p = 0.4, measured where the weights can be read off the output.
 
     Queries are zero, so that token t gives 1 / (t + 1) to each token that it sees; values are one-hot, so that
-    channel s of each head is the weight of token s; and proj passes all on.
+    channel s of each head is the weight of token s; and proj changes nothing.
     """
     p, T, H, B = 0.4, 12, 2, 64
     layer, x = MultiHeadAttention(H * T, H, bias=False, dropout=p), torch.zeros(B, T, H * T)
@@ -165,13 +165,13 @@ def dropout_is_as_promised(MultiHeadAttention):
     def weights():
         return layer(x).unflatten(-1, (H, T)).transpose(1, 2).detach()  # (B, H, T, T)
 
-    yield "in training, dropout falls on the attention weights and on the output, each with its rate"
+    yield "in training, dropout is applied to the attention weights and to the output, each with probability p"
     once = weights()
     kept = once != 0
-    share(kept[..., past], (1 - p) ** 2, "the share of weights that pass both dropouts of 0.4")
+    share(kept[..., past], (1 - p) ** 2, "the share of weights that both dropouts of 0.4 keep")
     scaled = (whole / (1 - p) ** 2).expand_as(once)
-    close(once[kept], scaled[kept], "what passes, divided by 0.6 twice")
-    yield "it falls on each weight by itself, not on tokens, channels, heads or sequences as a whole"
+    close(once[kept], scaled[kept], "the weights that are kept, divided by 0.6 twice")
+    yield "each weight is set to zero independently, not whole tokens, channels, heads or sequences"
     neighbours = {
         "tokens that look at the same one": (kept[..., :-1, :], kept[..., 1:, :], past[:-1]),
         "tokens that are looked at by the same one": (kept[..., :-1], kept[..., 1:], past[:, 1:]),
@@ -179,12 +179,12 @@ def dropout_is_as_promised(MultiHeadAttention):
         "sequences": (kept[:-1], kept[1:], past),
     }
     for name, (one, other, where) in neighbours.items():
-        share((one & other)[..., where], (1 - p) ** 4, f"the share in which a weight and its neighbour pass ({name})")
-    yield "the second dropout falls behind proj"
+        share((one & other)[..., where], (1 - p) ** 4, f"the share of weights kept with their neighbour ({name})")
+    yield "the second dropout comes after proj"
     with torch.no_grad():
         layer.proj.weight.copy_(torch.rand(H * T, H * T) + 0.1)
     share((layer(x)[:, T // 2 :] == 0), p, "the share of zeros in the output")
-    yield "in evaluation, or with a rate of 0, nothing is dropped"
+    yield "in evaluation mode, or with dropout 0, nothing is set to zero"
     plain = MultiHeadAttention(H * T, H, bias=False)
     plain.load_state_dict(layer.state_dict())
     same(layer.eval()(x), plain.eval()(x), "the output in evaluation")
@@ -194,13 +194,13 @@ def dropout_is_as_promised(MultiHeadAttention):
 @check
 def check_attention_entropy(attention_entropy):
     even = torch.ones(6, 6).tril() / torch.arange(1, 7)[:, None]
-    yield "a row that is spread evenly over n tokens has ln n, and stays as it is"
+    yield "a row that is spread evenly over n tokens has entropy ln n, and weights stay as they are"
     with unchanged(weights=even):
         got = attention_entropy(even)
     close(got, torch.arange(1, 7).log(), "plain averages of 1 to 6 tokens")
-    yield "a row with all its weight on one token has 0"
+    yield "a row with all its weight on one token has entropy 0"
     close(attention_entropy(torch.eye(6)), torch.zeros(6), "all weight on one token")
-    yield "any row has -sum w log w, whatever stands in front"
+    yield "any row has entropy -sum w log w, with any number of axes before it"
     scores = 3 * torch.randn(2, 3, 5, 5)
     close(
         attention_entropy(scores.softmax(dim=-1)),
@@ -222,7 +222,7 @@ def check_grouped_attention(grouped_attention):
     q = torch.randn(2, 6, 5, 4, requires_grad=True)
     for G in 3, 2, 1, 6:
         k, v = torch.randn(2, 2, G, 5, 4, requires_grad=True)
-        yield f"6 query heads share {G} keys and values, neighbours the same one"
+        yield f"6 query heads share {G} keys and values, neighbouring heads the same ones"
         with unchanged(q=q, k=k, v=v):
             got = grouped_attention(q, k, v)
         group = [head * G // 6 for head in range(6)]

@@ -29,7 +29,7 @@ def check_tokenizer(CharTokenizer):
     odd = CharTokenizer(" \tÉé ²ß€𝄞\n")
     same(odd.characters, "\t\n ²Éßé€𝄞", "characters")
     same(odd.decode(odd.encode("\tß𝄞€\n é²É")), "\tß𝄞€\n é²É", "decode(encode(...))")
-    yield "no text is no ids, still long"
+    yield "an empty text gives no ids, of type long"
     same(night.encode(""), torch.empty(0, dtype=torch.long), "encode('')")
     same(night.decode([]) + night.decode(night.encode("")), "", "decode of no ids")
     yield "a vocabulary may be larger than 256 and than 512"
@@ -38,7 +38,7 @@ def check_tokenizer(CharTokenizer):
     yield "an unknown character is a ValueError of one line that names it"
     refuses(ValueError, lambda: night.encode("good Z"), "'Z'")
     refuses(ValueError, lambda: night.encode("\n"), r"'\n'")
-    yield "of unknown characters each is named once, and known ones are not"
+    yield "each unknown character is named once, and known ones are not named"
     try:
         night.encode("7G77o" + 99 * "7" + "x")
     except ValueError as error:
@@ -50,8 +50,8 @@ def check_tokenizer(CharTokenizer):
 
 @check
 def check_get_batch(get_batch):
-    stream = 100 + torch.arange(11)  # a token tells its place
-    yield "x and y are (B, T) and long, neighbours in the stream, y one place further"
+    stream = 100 + torch.arange(11)  # an id tells its place
+    yield "x and y are long, of shape (B, T), with neighbouring tokens, and y is one place further"
     for B, T in (40, 5), (1, 5), (3, 1), (1, 1):
         with unchanged(ids=stream):
             x, y = get_batch(stream, B, T, generator=seeded(1))
@@ -64,25 +64,25 @@ def check_get_batch(get_batch):
     yield "each row draws its own start"
     pairs = (x[0::2, 0] == x[1::2, 0]).double().mean()
     close(pairs, 1 / 6, "how often two rows start at the same place", atol=0.05)
-    yield "T = N - 1 fits in exactly one place"
+    yield "for T = N - 1 there is exactly one start"
     same(get_batch(stream, 3, 10)[0], stream[:10].expand(3, 10), "x")
-    yield "the generator alone decides, and goes on from batch to batch"
+    yield "the starts depend on the generator alone, which goes on from batch to batch"
     dice, state = seeded(5), torch.get_rng_state()
     batches = [get_batch(stream, 400, 5, generator=dice)[0] for _ in range(2)]
     assert not torch.equal(*batches), "the next batch from the same generator should be another one"
     same(torch.get_rng_state(), state, "the state of PyTorch's own random numbers")
     torch.rand(9)
     same(get_batch(stream, 400, 5, generator=seeded(5))[0], batches[0], "x from an equal generator")
-    yield "without a generator, PyTorch's random numbers decide"
+    yield "without a generator, the starts depend on PyTorch's own random numbers"
     torch.manual_seed(6)
     batches = [get_batch(stream, 400, 5)[0] for _ in range(2)]
     assert not torch.equal(*batches), "the next batch should be another one"
     torch.manual_seed(6)
     same(get_batch(stream, 400, 5)[0], batches[0], "x after the same seed")
-    yield "a stream that is not longer than T is refused"
+    yield "a ValueError is raised if there are no more than T ids"
     for length in 0, 4, 5:
         refuses(ValueError, lambda: get_batch(stream[:length], 2, 5))
-    yield "a stream of bytes gives a batch of longs"
+    yield "ids of type uint8 give a batch of type long"
     x, y = get_batch(stream.to(torch.uint8), 4, 5, generator=seeded(1))
     same(y, x.long() + 1, "y")
     same(x.dtype, torch.long, "the type of x")
@@ -91,7 +91,7 @@ def check_get_batch(get_batch):
 @check
 def check_split(split):
     stream = 100 + torch.arange(50)
-    yield "the last tenth validates"
+    yield "the last tenth is for validation"
     for part, want in zip(split(stream), (stream[:45], stream[45:])):
         same(part, want, "a part")
     yield "any share may be held out"
@@ -99,10 +99,10 @@ def check_split(split):
         train, valid = split(torch.arange(200), held_out=held_out)
         same(train, torch.arange(n), f"the training part with held_out = {held_out}")
         same(valid, torch.arange(n, 200), f"the validation part with held_out = {held_out}")
-    yield "all and nothing are shares, too"
+    yield "held_out may be 0 or 1"
     for held_out, n in (0, 50), (1, 0):
         same(tuple(map(len, split(stream, held_out))), (n, 50 - n), f"the lengths with held_out = {held_out}")
-    yield "what is no share is refused"
+    yield "a ValueError is raised if held_out is below 0 or above 1"
     for wrong in 10, 1.1, -0.1:
         refuses(ValueError, lambda: split(stream, wrong))
 

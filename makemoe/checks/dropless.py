@@ -15,9 +15,9 @@ from makemoe.sparse_moe import Experts
 WEIGHTS = {"up": "up.weight", "up_bias": "up.bias", "down": "down.weight", "down_bias": "down.bias"}
 
 
-def draw(E, H, C, bias, dtype=torch.float32):
+def draw(E, n_hidden, C, bias, dtype=torch.float32):
     "Random stacked weights: up, up_bias, down, down_bias."
-    shapes = (E, H, C), (E, H) if bias else None, (E, C, H), (E, C) if bias else None
+    shapes = (E, n_hidden, C), (E, n_hidden) if bias else None, (E, C, n_hidden), (E, C) if bias else None
     return tuple(shape and torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes)
 
 
@@ -36,7 +36,7 @@ def pairs_by_loop(tokens, kept, weights, act):
 
 
 def same_pairs(run, tokens, kept, weights, act, rtol=1e-5, atol=1e-5):
-    "The list, the answers and all gradients against the loop; what stands behind the list has the answer 0."
+    "The list, the answers and all gradients against the loop; filling after the pairs has the answer 0."
     given = {name: weight for name, weight in zip(WEIGHTS, weights) if weight is not None}
     with unchanged(tokens=tokens, kept=kept, **given):
         e, rows, answers = run(tokens, kept, weights, act)
@@ -58,7 +58,7 @@ def gaps(kept):
 
 
 def at_home(call):
-    "What `call()` returns where new tensors are made on another device unless the code says where: it must stay here."
+    "What `call()` returns, while new tensors go to another device by default. It must be on the CPU all the same."
     with torch.device("meta"):
         answers = call()
     places = {answer.device.type for answer in (answers if isinstance(answers, tuple) else (answers,))}
@@ -67,7 +67,7 @@ def at_home(call):
 
 
 class Heard(TorchDispatchMode):
-    "The operations inside a `with` block for which a GPU would be waited."
+    "The operations inside a `with` block for which a CPU would wait for a GPU."
 
     def __init__(self):
         super().__init__()
@@ -87,11 +87,11 @@ class OnGPU(torch.Tensor):
     is_cuda = True
 
     def tolist(self):
-        raise AssertionError("a GPU would be waited for: tolist")
+        raise AssertionError("the CPU would wait for the GPU: tolist")
 
 
 class Undefined(torch.autograd.Function):
-    "F.grouped_mm with nan in the rows behind the last end, forward and backward, as a GPU may leave them."
+    "F.grouped_mm with nan in the rows after the last end, forward and backward, as a GPU may leave them."
 
     product = staticmethod(F.grouped_mm)
 
@@ -124,17 +124,17 @@ def check_answers_by_group(answers_by_group):
     kept = top_k_gating(torch.randn(7, 4), 2).kept
     yield "pairs sorted by expert, their answers, and gradients in tokens and weights"
     same_pairs(answers_by_group, tokens, kept, weights, F.gelu)
-    yield "a bias on both layers; a token without experts and an expert without tokens"
+    yield "biases; a token without experts and an expert without tokens"
     same_pairs(answers_by_group, tokens, gaps(kept), biased, F.relu)
-    yield "no rows are multiplied but those of the pairs"
+    yield "only the rows of the pairs are multiplied"
     with FlopCounterMode(display=False) as counter:
         answers_by_group(tokens, gaps(kept), weights, F.relu)
     rows = counter.get_total_flops() / (4 * 12 * 8)
     assert rows <= gaps(kept).sum(), f"{gaps(kept).sum()} rows are to be multiplied, but {rows:g} were"
-    yield "nobody is kept: no pairs, no answers"
+    yield "nothing is kept: no pairs, no answers"
     e, rows, answers = answers_by_group(tokens, torch.zeros_like(kept), biased, F.relu)
-    same(answers.detach(), torch.zeros(0, 8), "answers where nobody is kept")
-    assert len(e) == len(rows) == 0, f"{len(e)} pairs where nobody is kept"
+    same(answers.detach(), torch.zeros(0, 8), "answers where nothing is kept")
+    assert len(e) == len(rows) == 0, f"{len(e)} pairs where nothing is kept"
     yield "more experts than tokens, in float64, new tensors on the device of the old ones"
     few, kept = tokens[:2].double(), top_k_gating(torch.randn(2, 9), 3).kept
     few, weights = few.detach().requires_grad_(), draw(9, 5, 8, True, torch.float64)
@@ -181,7 +181,7 @@ def check_grouped_experts(GroupedExperts):
     same_mixture(grouped, loop, x, routing)
     yield "the same in evaluation mode, gradients too"
     same_mixture(grouped.eval(), loop.eval(), x, routing)
-    yield "what is not kept is not carried out, and a gate of 0 or below is a gate"
+    yield "what is not kept is not computed, and a gate of 0 or below counts like any other"
     kept = routing.kept.clone()
     kept[0, 2] = kept[1, 4, -1] = kept[..., 1] = False
     gates = torch.randn(2, 6, 4) * kept
@@ -189,19 +189,19 @@ def check_grouped_experts(GroupedExperts):
     same_mixture(grouped, loop, x, replace(routing, gates=gates, kept=kept))
     yield "new tensors are made on the device of the old ones"
     at_home(lambda: grouped(x, routing))
-    yield "nobody is kept: zeros"
-    nobody = replace(routing, gates=0 * gates, kept=torch.zeros_like(kept))
-    same(grouped(x, nobody).detach(), torch.zeros_like(x), "y where nobody is kept")
+    yield "nothing is kept: zeros"
+    nothing = replace(routing, gates=0 * gates, kept=torch.zeros_like(kept))
+    same(grouped(x, nothing).detach(), torch.zeros_like(x), "y where nothing is kept")
     yield "more experts than tokens, no batch, any number of hidden units"
     same_mixture(
         *twins(GroupedExperts, 9, 5, 3, "squared_relu", bias=False),
         torch.randn(2, 5),
         top_k_gating(torch.randn(2, 9), 3),
     )
-    yield "y is of the type of x, also where the gates are float32"
+    yield "y has the type of x, also where the gates are float32"
     low = grouped.bfloat16()(x.bfloat16(), routing)
     close(low, loop(x, routing).bfloat16(), "y of bfloat16 tokens", rtol=0.1, atol=0.1)
-    yield "dropout falls on each channel of each answer, in training only, at its rate"
+    yield "dropout acts on each channel of each answer, in training only, at its rate"
     dropped, loop = twins(GroupedExperts, 2, 16, 8, dropout=0.25)
     x, both = torch.randn(600, 16), top_k_gating(torch.randn(600, 2), 2)
     close(dropped.eval()(x, both), loop.eval()(x, both), "y in evaluation")
@@ -213,7 +213,7 @@ def check_grouped_experts(GroupedExperts):
             "with two experts and a rate of 0.25, each channel should have lost both answers, one, or none "
             "with chances 0.0625, 0.1875, 0.1875 and 0.5625"
         )
-    yield "more choices than top_k promises, or another shape, are refused"
+    yield "more choices than top_k promises, or a routing of another shape, are refused"
     refuses(ValueError, lambda: GroupedExperts(4, 8, 16, top_k=1)(torch.randn(2, 6, 8), routing), "top_k")
     refuses(ValueError, lambda: GroupedExperts(4, 8, 16)(torch.randn(3, 6, 8), routing), "shape")
 
@@ -229,20 +229,20 @@ def check_answers_in_one_call(answers_in_one_call):
     kept = top_k_gating(torch.randn(7, 4), 2).kept
     yield "pairs sorted by expert, their answers, and gradients in tokens and weights"
     same_pairs(run, tokens, kept, weights, F.gelu)
-    yield "dropped choices: the list is as long as ever, and its rest has the answer 0"
+    yield "dropped choices: the list keeps its length, and the filling has the answer 0"
     same_pairs(run, tokens, gaps(kept), weights, F.relu)
     yield "a bias on both layers"
     same_pairs(run, tokens, gaps(kept), biased, F.gelu)
-    yield "what a GPU leaves behind the last end reaches neither answers nor gradients"
+    yield "what a GPU leaves after the last end reaches neither answers nor gradients"
     with undefined_rows():
         same_pairs(run, tokens, gaps(kept), biased, F.gelu)
-    yield "nobody waits for a GPU"
+    yield "the CPU never waits for a GPU"
     with Heard() as heard:
         run(tokens, gaps(kept).as_subclass(OnGPU), weights, F.relu)
-    assert not heard.waits, f"a GPU would be waited for: {', '.join(heard.waits)}"
+    assert not heard.waits, f"the CPU would wait for the GPU: {', '.join(heard.waits)}"
     yield "new tensors are made on the device of the old ones"
     at_home(lambda: run(tokens, gaps(kept), biased, F.relu))
-    yield "no more rows are multiplied than the list has"
+    yield "no more rows are multiplied than the list has entries"
     with FlopCounterMode(display=False) as counter:
         run(tokens, gaps(kept), weights, F.relu)
     assert counter.get_total_flops() <= 14 * 4 * 16 * 8, "rows are multiplied that are not in the list"
@@ -266,7 +266,7 @@ def check_answers_in_one_call(answers_in_one_call):
 
 @check
 def check_sort_by_expert(sort_by_expert, send_back):
-    yield "sorted by expert, equal ones as they came, and back again"
+    yield "sorted by expert, equal ones in the given order, and back again"
     for pairs, experts in (10, 3), (60, 8), (7, 1):
         owners = torch.randint(experts, (pairs,))
         with unchanged(owners=owners):
@@ -274,7 +274,7 @@ def check_sort_by_expert(sort_by_expert, send_back):
         want = sorted(range(pairs), key=lambda pair: owners[pair].item())  # Python's sort is stable
         same(order, torch.tensor(want), "order")
         same(inverse, torch.tensor(want).argsort(), "inverse")
-    yield "the answers are sent back and added up, k for each token"
+    yield "the answers go back to their tokens and are added up, k for each"
     for k in 3, 1, 2:
         answers = torch.randn(6 * k, 2, requires_grad=True)  # token by token
         order, inverse = sort_by_expert(torch.randint(4, (6 * k,)))
@@ -286,7 +286,7 @@ def check_sort_by_expert(sort_by_expert, send_back):
 
 
 def masks(*rows):
-    "A `Routing` in which the choices `rows` of zeros and ones are kept, and everybody was chosen."
+    "A `Routing` that chose every expert, and keeps the choices that are 1 in `rows`."
     kept = torch.tensor(rows) > 0
     return Routing(kept.float(), torch.zeros(kept.shape), torch.ones_like(kept), kept)
 
@@ -294,17 +294,17 @@ def masks(*rows):
 @check
 def check_padding_factor(padding_factor):
     five = masks([1, 0, 1], [0, 1, 1], [1, 0, 1], [1, 0, 1], [1, 0, 1])  # loads 4, 1, 5
-    yield "a box as long as the fullest expert"
+    yield "as many rows for each expert as the fullest one needs"
     factor = padding_factor(five)
     assert isinstance(factor, float), f"the factor should be a float, not a {type(factor).__name__}"
-    close(factor, 1.5, "10 pairs in a box of 3 x 5: the factor")
-    yield "only what is kept is useful, and an expert without tokens has a shelf too"
-    close(padding_factor(masks([1, 0, 0], [1, 0, 0], [1, 0, 1])), 9 / 4, "4 pairs in a box of 3 x 3: the factor")
-    yield "slots that are given, more than needed or just enough"
-    close(padding_factor(five, 8), 2.4, "10 pairs in a box of 3 x 8: the factor")
-    close(padding_factor(five, 5), 1.5, "10 pairs in a box of 3 x 5: the factor")
+    close(factor, 1.5, "10 pairs padded to 3 x 5: the factor")
+    yield "only kept rows are useful, and an expert without tokens is padded too"
+    close(padding_factor(masks([1, 0, 0], [1, 0, 0], [1, 0, 1])), 9 / 4, "4 pairs padded to 3 x 3: the factor")
+    yield "with slots, more than needed or just enough"
+    close(padding_factor(five, 8), 2.4, "10 pairs padded to 3 x 8: the factor")
+    close(padding_factor(five, 5), 1.5, "10 pairs padded to 3 x 5: the factor")
     yield "too few slots are refused, 0 too"
     refuses(ValueError, lambda: padding_factor(five, 4))
     refuses(ValueError, lambda: padding_factor(five, 0))
-    yield "a batch (B, T, E) is one box"
-    close(padding_factor(masks([[1, 0], [1, 1]], [[1, 0], [0, 0]])), 6 / 4, "4 pairs in a box of 2 x 3: the factor")
+    yield "a batch (B, T, E) is padded as a whole"
+    close(padding_factor(masks([[1, 0], [1, 1]], [[1, 0], [0, 0]])), 6 / 4, "4 pairs padded to 2 x 3: the factor")

@@ -48,7 +48,7 @@ def weights_of(module):
 
 @check
 def check_expert(squared_relu, Expert):
-    yield "squared_relu is 0 below zero and the square above, and its slopes fit"
+    yield "squared_relu is 0 below zero and the square above, and its gradient is right"
     z = torch.tensor([-3.0, 0.0, 0.5, 20.0])
     with unchanged(z=z):
         close(squared_relu(z), torch.tensor([0.0, 0.0, 0.25, 400.0]), "squared_relu(z)")
@@ -69,18 +69,18 @@ def check_expert(squared_relu, Expert):
         for bias in True, False:
             other, some = Expert(5, 7, activation=name, bias=bias), 2 * torch.randn(4, 5)
             close(other(some), formula(other, some, name), f"the answer with {name}, bias {bias}")
-    yield "any shape may stand in front of the channels"
+    yield "x may have any shape (..., C)"
     for shape in (), (0,), (1,), (1, 1), (2, 1, 3):
         some = torch.randn(*shape, 6)
         close(expert(some), formula(expert, some), f"the answer to x of shape {(*shape, 6)}")
-    yield "the type of x is kept"
+    yield "the answer has the type of x"
     for dtype in torch.float64, torch.bfloat16:
         other = Expert(4, 8, activation="squared_relu").to(dtype)
         same(other(torch.randn(2, 4).to(dtype)).dtype, dtype, "the type of the answer")
-    yield "dropout sets numbers of the answer to zero, one by one, and scales up the rest"
+    yield "dropout sets single numbers of the answer to zero, and scales up the rest"
     sleepy, wide = Expert(16, 20, dropout=0.25), torch.randn(200, 16)
     full = formula(sleepy, wide)
-    with torch.no_grad():  # neither training nor evaluation has to do with that
+    with torch.no_grad():  # dropout depends on training or evaluation, not on gradients
         dropped = sleepy(wide)
     gone = dropped == 0
     share = gone.float().mean().item()
@@ -88,7 +88,7 @@ def check_expert(squared_relu, Expert):
     assert not gone.all(dim=0).any() and not gone.all(dim=1).any(), "whole tokens or channels are dropped"
     close(dropped, torch.where(gone, 0, full / 0.75), "what dropout leaves")
     assert not torch.equal(sleepy(wide), sleepy(wide)), "two calls in training drop the same numbers"
-    yield "in evaluation nothing is dropped"
+    yield "in evaluation there is no dropout"
     close(sleepy.eval()(wide), full, "the answer in evaluation")
 
 
@@ -99,7 +99,7 @@ def check_layer_parameters(layer_parameters):
         expert = [nn.Linear(C, width, bias=False), nn.Linear(width, C, bias=False)]
         return tuple(sum(part.weight.numel() for part in shared + expert * n) for n in (E, k))
 
-    yield "total and active are those of a block that is built and counted"
+    yield "total and active are those of a block that was built and counted"
     for sizes in (16, 64, 8, 2), (12, 20, 5, 3), (8, 32, 4, 4), (8, 24, 6, 1):
         for name, ours, theirs in zip(("total", "active"), layer_parameters(*sizes), built(*sizes), strict=True):
             close(ours, theirs, f"{name} for C, F, E, k = {sizes}", rtol=0, atol=0)
@@ -121,7 +121,7 @@ def check_gated_expert(GatedExpert):
         sources = {"x": x, "`up.weight`": expert.up.weight, "`down.weight`": expert.down.weight}
         assert all(weight.requires_grad for weight in sources.values()), "a weight is frozen"
         same_gradients(expert.train(mode)(x), gated(expert, x, "gelu"), sources, f"the answer, training {mode},")
-    yield "the activation is the one that was asked for, and any shape may stand in front"
+    yield "the activation is the one that was asked for, and x may have any shape (..., C)"
     for name in FORMULAS:
         other = GatedExpert(4, 12, activation=name)
         for shape in (), (5,), (2, 1, 3):
@@ -132,7 +132,7 @@ def check_gated_expert(GatedExpert):
 @check
 def check_strongest_units(strongest_units):
     expert, x = PlainExpert(5, 12, "gelu"), torch.randn(7, 5, requires_grad=True)
-    yield "the units that write most are found, the strongest first, and what they write together"
+    yield "the units are those that write most, the strongest first, and the answer is what they write together"
     for n in 1, 3, 12:
         with unchanged(x=x, weight=expert.down.weight):
             units, answer = strongest_units(expert, x, n)

@@ -7,11 +7,11 @@ from torch.nn import functional as F
 
 from makemoe.checks import check, close, same, same_gradients, unchanged
 
-GAP = 300.0 * torch.tensor([[1, 0, -1], [1, -1, 0], [-1, 0, 1], [0, -1, 1]])  # of two that are chosen, one weighs 0
+GAP = 300.0 * torch.tensor([[1, 0, -1], [1, -1, 0], [-1, 0, 1], [0, -1, 1]])  # one of the two chosen has the gate 0
 
 
 def gates_by_loop(logits, k):
-    "Gates (T, E) of logits (T, E), one token after another: the k best share one unit of weight by a softmax."
+    "Gates (T, E) of logits (T, E), one token after another: a softmax over the k best, 0 for the others."
     gates = torch.zeros_like(logits)
     for t in range(len(logits)):
         best = logits[t].topk(k).indices
@@ -66,7 +66,7 @@ def check_routing(Routing):
     close(Routing(chosen / 2, logits, chosen, chosen).dropped, 0, "dropped where all are kept")
     yield "entropy is that of the probabilities, averaged over the tokens"
     close(routing.entropy, entropy_by_loop(logits), "entropy")
-    yield "any number of dimensions may stand in front"
+    yield "the fields may have any shape (..., E)"
     most = torch.ones(4, 4, dtype=torch.bool)
     most[0, 0] = False
     pair = Routing(torch.zeros(2, 4, 4), torch.stack([logits, 4 * logits]), torch.stack([chosen, most | True]),
@@ -79,7 +79,7 @@ def check_routing(Routing):
     close(alone.entropy, entropy_by_loop(logits[:1]), "entropy of a single token (E,)")
     yield "a certain router has entropy 0"
     close(Routing(chosen / 2, torch.tensor([[1e4, 0.0, 0.0, 0.0]]), chosen, chosen).entropy, 0, "entropy")
-    yield "a decision that chose nobody has dropped nothing"
+    yield "dropped is 0 if no expert was chosen"
     nobody = torch.zeros(4, 4, dtype=torch.bool)
     close(Routing(nobody.float(), logits, nobody, nobody).dropped, 0, "dropped")
 
@@ -92,24 +92,24 @@ def check_top_k_gating(top_k_gating):
         routing = top_k_gating(logits, 2)
     same(routing.chosen.sum(dim=-1), torch.full((6,), 2), "the number of experts per token")
     same(routing.kept, routing.chosen, "kept")
-    yield "the chosen share one unit of weight by a softmax, the others get 0"
+    yield "the gates of the chosen are a softmax over their logits, the other gates are 0"
     close(routing.gates, gates_by_loop(logits, 2), "gates")
-    yield "the gradient reaches the scores of the chosen"
+    yield "the gradient of the gates reaches the logits of the chosen"
     same_gradients(routing.gates, gates_by_loop(logits, 2), {"logits": logits}, "gates")
-    yield "the logits are recorded as they came, and a loss on them has a gradient"
+    yield "the record has the logits as they came, and a loss on them has a gradient"
     same(routing.logits, logits, "the record's logits")
     same_gradients(routing.logits, logits * 1, {"logits": logits}, "the record's logits")
-    yield "any shape may stand in front, and k may be 1 or E"
+    yield "logits may have any shape (..., E), and k may be 1 or E"
     for shape, k in ((2, 3), 1), ((1, 6), 5), ((6, 1), 3), ((2, 1, 3), 4):
         some, gates = logits.view(*shape, 5), gates_by_loop(logits, k).view(*shape, 5)
         follows(top_k_gating(some, k), some, gates, f"gates of logits of shape {(*shape, 5)} with k = {k}")
-    yield "exactly k are chosen where scores are equal"
+    yield "exactly k experts are chosen where logits are equal"
     same(top_k_gating(torch.zeros(50, 6), 3).chosen.sum(dim=-1), torch.full((50,), 3), "experts per token")
-    yield "an expert may be chosen and yet weigh 0"
+    yield "an expert whose gate is rounded to 0 is still chosen and kept"
     routing = top_k_gating(GAP, 2)
     same(routing.chosen, GAP >= 0, "chosen")
     same(routing.kept, GAP >= 0, "kept")
-    yield "gates are of the type of the logits"
+    yield "the gates have the type of the logits"
     for dtype in torch.float64, torch.bfloat16:
         same(top_k_gating(logits.detach().to(dtype), 2).gates.dtype, dtype, "the type of the gates")
 
@@ -130,17 +130,17 @@ def check_topk_router(TopkRouter):
     for mode in True, False:
         sources = {"x": x, "the weight": weight, "the bias": bias}
         same_gradients(router.train(mode)(x).gates, gates_by_loop(logits, 2), sources, f"gates, training {mode},")
-    yield "evaluation is no different from training, nor is a second call"
+    yield "the gates are the same in training, in evaluation and in a second call"
     same(router.eval()(x).gates, routing.gates, "gates in evaluation")
     same(router.train()(x).gates, routing.gates, "gates of a second call")
-    yield "any shape may stand in front of the channels"
+    yield "x may have any shape (..., C)"
     for shape in (), (1,), (1, 1), (2, 1, 3):
         some = torch.randn(*shape, 6)
         wanted = gates_by_loop((some @ weight.T + bias).reshape(-1, 5), 2).view(*shape, 5)
         close(router(some).gates, wanted, f"gates of x of shape {(*shape, 6)}")
-    yield "large scores stay as they are"
+    yield "large logits are not changed"
     close(router(1000 * x).logits, 1000 * x @ weight.T + bias, "logits of 1000 x", atol=1e-3)
-    yield "it computes in float32 under autocast, and leaves autocast on for others"
+    yield "it computes in float32 under autocast, and autocast is still on afterwards"
     with torch.autocast("cpu", dtype=torch.bfloat16):
         low = router(x.bfloat16())
         assert torch.is_autocast_enabled("cpu"), "autocast is off for all code that runs after it"
@@ -163,28 +163,28 @@ def check_switch_gating(switch_gating):
     with unchanged(logits=logits):
         routing = switch_gating(logits)
     follows(routing, logits, switch_by_loop(logits))
-    yield "the gradient reaches all scores, also those of the losers"
+    yield "the gradient reaches all logits, also those of experts that were not chosen"
     same_gradients(routing.gates, switch_by_loop(logits), {"logits": logits}, "gates")
     same_gradients(routing.logits, logits * 1, {"logits": logits}, "the record's logits")
-    yield "any shape may stand in front"
+    yield "logits may have any shape (..., E)"
     for shape in (2, 4), (1, 8), (8, 1), (2, 1, 4):
         some, gates = logits.view(*shape, 4), switch_by_loop(logits).view(*shape, 4)
         follows(switch_gating(some), some, gates, f"gates of logits of shape {(*shape, 4)}")
-    yield "experts that nobody chooses have their columns"
+    yield "experts that no token chose still have a column"
     first = torch.tensor([3.0, 0.0, 1.0, -1.0]).repeat(5, 1)
     follows(switch_gating(first), first, switch_by_loop(first))
-    yield "one expert is chosen where scores are equal"
+    yield "one expert is chosen where logits are equal"
     same(switch_gating(torch.zeros(50, 4)).chosen.sum(dim=-1), torch.full((50,), 1), "experts per token")
-    yield "large scores do not overflow"
+    yield "large logits do not overflow"
     close(switch_gating(1e4 * first).gates, switch_by_loop(1e4 * first), "gates")
-    yield "gates are of the type of the logits"
+    yield "the gates have the type of the logits"
     same(switch_gating(logits.detach().double()).gates.dtype, torch.float64, "the type of the gates")
 
 
 @check
 def check_top_p_gating(top_p_gating):
     logits = 2 * torch.randn(20, 6, requires_grad=True)
-    yield "the fewest experts are chosen whose probabilities reach p, and share the weight by a softmax"
+    yield "the fewest experts whose probabilities reach p are chosen, and the gates are a softmax over them"
     for p in 0.3, 0.6, 0.9:
         gates = torch.zeros_like(logits)
         for t, row in enumerate(logits):
@@ -196,17 +196,17 @@ def check_top_p_gating(top_p_gating):
         same_gradients(routing.gates, gates, {"logits": logits}, f"gates for p = {p}")
     yield "a loss on the record's logits has a gradient"
     same_gradients(routing.logits, logits * 1, {"logits": logits}, "the record's logits")
-    yield "any shape may stand in front"
+    yield "logits may have any shape (..., E)"
     for shape in (4, 5), (1, 20), (20, 1), (2, 5, 2):
         some = logits.view(*shape, 6)
         follows(top_p_gating(some, 0.9), some, gates.view(*shape, 6), f"gates of logits of shape {(*shape, 6)}")
     yield "two of four equal experts reach 0.5"
     same(top_p_gating(torch.zeros(3, 4), 0.5).chosen.sum(dim=-1).tolist(), [2, 2, 2], "experts per token")
-    yield "with p = 1 all are chosen, even if rounding keeps their sum below 1"
+    yield "with p = 1 all experts are chosen, even if rounding keeps the sum below 1"
     many = torch.rand(500, 6)
     close(top_p_gating(many, 1.0).gates, many.softmax(dim=-1), "gates for p = 1")
-    yield "a certain token takes one expert, whatever p is"
+    yield "if one probability is 1, one expert is chosen, whatever p is"
     certain = torch.tensor([[0.0, 1e4, 0.0, -1e4]])
     follows(top_p_gating(certain, 0.99), certain, torch.tensor([[0.0, 1.0, 0.0, 0.0]]))
-    yield "gates are of the type of the logits"
+    yield "the gates have the type of the logits"
     same(top_p_gating(logits.detach().double(), 0.5).gates.dtype, torch.float64, "the type of the gates")

@@ -31,7 +31,7 @@ def rows_by_lists(logits, **settings):
 
 
 def small_model(block_size=8, **settings):
-    "A model with opinions: its weights are large enough for logits that differ by several units."
+    "A small model with large weights, so that its logits differ by several units."
     sizes = dict(vocab_size=12, n_embd=16, n_head=2, n_layer=2, num_experts=3, n_hidden=16)
     model = SparseMoELanguageModel(MoEConfig(block_size=block_size, **sizes, **settings))
     for weight in model.parameters():
@@ -82,7 +82,7 @@ def check_next_token_probs(next_token_probs):
         with unchanged(logits=five):
             probs = next_token_probs(five, **settings)
         close(probs, rows_by_lists(five, **settings), f"{settings or 'no settings'} on 5 logits")
-    yield "each row of (..., V) logits is by itself"
+    yield "each row of (..., V) logits is treated by itself"
     for settings in cases:
         close(
             next_token_probs(many, **settings),
@@ -99,7 +99,7 @@ def check_next_token_probs(next_token_probs):
         torch.tensor([0.55, 0.25, 0, 0]) / 0.8,
         "top_k = 2 and top_p = 0.6",
     )
-    yield "of equals, exactly k are kept, and the first at temperature 0"
+    yield "of equal logits, exactly k are kept, and at temperature 0 the first"
     same(
         [(next_token_probs(torch.zeros(6), top_k=k) > 0).sum().item() for k in (1, 4, 9)],
         [1, 4, 6],
@@ -112,12 +112,12 @@ def check_next_token_probs(next_token_probs):
             torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]),
             f"temperature 0, {settings}",
         )
-    yield "whoever reaches p exactly needs nobody else, and top_p = 1 keeps everything"
+    yield "tokens that reach p exactly need no further one, and top_p = 1 keeps everything"
     halves = torch.tensor([0.125, 0.5, 0.125, 0.25]).log2() * math.log(2)  # sums that are exact in binary
     sizes = [(next_token_probs(halves, top_p=p) > 0).sum().item() for p in (0.5, 0.51, 0.75, 0.875)]
     same(sizes, [1, 2, 2, 3], "kept of 1/2, 1/4, 1/8, 1/8 by top_p 0.5, 0.51, 0.75, 0.875")
     same((next_token_probs(torch.tensor([40.0, 0.0, 0.0]), top_p=1.0) > 0).sum().item(), 3, "kept by top_p = 1")
-    yield "extreme numbers: tiny and huge temperatures, large logits, minus infinity"
+    yield "extreme numbers: tiny and huge temperatures, large logits, and logits of minus infinity"
     for temperature in 1e-37, 1e-300:
         close(
             next_token_probs(50 * five, temperature),
@@ -137,11 +137,11 @@ def check_next_token_probs(next_token_probs):
         rows_by_lists(five.bfloat16().float(), temperature=0.7),
         "bfloat16 logits at 0.7",
     )
-    yield "logits that are not finite are refused, in one line"
+    yield "logits that are nan or inf raise ValueError"
     for wrong in math.nan, math.inf:
         refuses(ValueError, lambda: next_token_probs(torch.tensor([[0.0, 1.0], [0.0, wrong]])), "finite")
         refuses(ValueError, lambda: next_token_probs(torch.tensor([0.0, wrong]), temperature=0, top_k=1), "finite")
-    yield "settings out of range are refused"
+    yield "settings out of range raise ValueError"
     for name, value in dict(temperature=-1, top_k=0, top_p=0).items():
         refuses(ValueError, lambda: next_token_probs(five, **{name: value}), name, value)
     refuses(ValueError, lambda: next_token_probs(five, top_p=1.5), "top_p", 1.5)
@@ -162,13 +162,13 @@ def check_kv_cache(KVCache):
         same(cache.keys, keys[:, :, :done], f"cache.keys after {done} tokens")
         same(cache.values, values[:, :, :done], f"cache.values after {done} tokens")
         same(len(cache), done, "len(cache)")
-    yield "another cache stays empty, and takes other types and devices"
+    yield "another cache stays empty, and takes other dtypes and devices"
     same(len(other), 0, "the length of another cache")
     for part in other.append(
         keys[..., :1, :].to("meta", torch.bfloat16), values[..., :1, :].to("meta", torch.bfloat16)
     ):
-        same((part.dtype, part.device.type), (torch.bfloat16, "meta"), "type and device")
-    yield "attention that reads in pieces equals attention that reads at once, gradients too"
+        same((part.dtype, part.device.type), (torch.bfloat16, "meta"), "dtype and device")
+    yield "attention that reads in pieces gives the same as attention that reads at once, gradients too"
     attention, x = MultiHeadAttention(8, 2, rotary=True), torch.randn(2, 7, 8, requires_grad=True)
     cache = KVCache()
     pieces = torch.cat([attention(piece, cache) for piece in x.split([3, 1, 2, 1], dim=1)], dim=1)
@@ -190,10 +190,10 @@ def check_stream(stream):
         "pairs, and shape and type of the tokens",
     )
     model.eval()
-    yield "the tokens are those that the slow way draws, beyond the context too"
+    yield "the tokens are those that a slow version draws, beyond the context too"
     same(tokens_of(pairs), written_slowly(model, start, 10, seed=3, top_k=6), "10 tokens after 5, with a context of 8")
     assert not model.training, "a model in evaluation mode should be in evaluation mode afterwards"
-    yield "with each token come the routings of the tokens just read, a layer each"
+    yield "with each token come the routings of the tokens just read, one for each layer"
     routings = pairs[0][1]
     same([tuple(layer.gates.shape) for layer in routings], [(2, 5, 3)] * 2, "shapes of the first gates")
     same(
@@ -201,8 +201,8 @@ def check_stream(stream):
     )
     for ours, right in zip(routings, model(start).routings):
         close(ours.gates, right.gates, "the gates of the prompt")
-        assert not ours.gates.requires_grad, "no gradients are needed to write"
-    yield "each token is read once, and half a context when it is full"
+        assert not ours.gates.requires_grad, "writing should need no gradients"
+    yield "each token is read once, and when the context is full, its newer half again"
     same(
         passes(model, lambda: list(stream(model, start, 11))),
         [5, 1, 1, 1, 4, 1, 1, 1, 1, 4, 1],
@@ -215,21 +215,21 @@ def check_stream(stream):
         [5, 1, 1, 4, 1, 1, 1, 4, 1],
         "tokens in each pass, context of 7",
     )
-    yield "the same seed gives the same tokens, another one others, and 0 is a seed like any other"
+    yield "the same seed gives the same tokens, another seed other tokens, and 0 is a seed like any other"
     for seed in 0, 4:
         same(
             tokens_of(stream(model, start, 4, seed=seed)),
             written_slowly(model, start, 4, seed=seed),
             f"the tokens of seed {seed}",
         )
-    yield "with a seed, other random numbers stay what they were; without one, they decide"
+    yield "with a seed, other random numbers stay what they were; without one, PyTorch's own generator draws"
     state = torch.get_rng_state()
     between = [torch.rand(1).item() for _ in stream(model, start, 3, seed=3)]
     torch.set_rng_state(state)
     same([torch.rand(1).item() for _ in range(3)], between, "random numbers drawn while the stream is read")
     one, two = tokens_of(stream(model, start, 6)), tokens_of(stream(model, start, 6))
-    assert not torch.equal(one, two), "without a seed, the next text should be another one"
-    yield "a prompt may be longer than the context, and greedy is the likeliest"
+    assert not torch.equal(one, two), "without a seed, the second text should differ from the first"
+    yield "a prompt may be longer than the context, and temperature 0 takes the likeliest token"
     long = torch.randint(12, (1, 21))
     same(
         tokens_of(stream(model, long, 3, temperature=0)),
@@ -241,22 +241,22 @@ def check_stream(stream):
         written_slowly(model, long, 5, seed=1, temperature=0.7, top_p=0.6),
         "temperature 0.7 and top_p 0.6",
     )
-    yield "left early, or stopped by an error, it leaves the model in its mode, and gradients on in between"
+    yield "closed early or stopped by an error, it leaves the model in its mode; between tokens, gradients are on"
     model.train()
     for _ in stream(model, start, 5):
-        assert torch.is_grad_enabled(), "whoever reads the stream should still have gradients"
+        assert torch.is_grad_enabled(), "code that reads the stream should still have gradients"
         break
     assert all(module.training for module in model.modules()), (
-        "left early, all of the model should be in training mode again"
+        "after an early end, all of the model should be in training mode again"
     )
     refuses(ValueError, lambda: list(stream(model, start, 2, temperature=-1)), "temperature")
     assert model.training, "after an error, the model should be in training mode again"
-    yield "no tokens asked for, no tokens; what makes no sense is refused"
+    yield "num_tokens = 0 yields nothing, and wrong arguments raise ValueError"
     same(list(stream(model, start, 0)), [], "a stream of 0 tokens")
     refuses(ValueError, lambda: list(stream(model, start, -1)), "num_tokens", -1)
     refuses(ValueError, lambda: list(stream(model, start[:, :0], 1)), "prompt")
     refuses(ValueError, lambda: list(stream(model, start[0], 1)), "(5,)")
-    yield "a model whose weights are not finite is refused, in one line"
+    yield "weights that are not finite raise ValueError"
     model.lm_head.weight.data[0, 0] = math.nan
     refuses(ValueError, lambda: list(stream(model, start, 1)), "finite")
 
@@ -267,7 +267,7 @@ def check_until(until):
     characters = iter("to be, or not")
     same(until(characters, "be"), "to be", "until 'be'")
     same("".join(characters), ", or not", "what is left in the stream")
-    yield "stop may begin anew, have several characters, be white space, or never come"
+    yield "stop may begin twice, have several characters, be white space, or never come"
     for source, stop, expected in [
         ("aaab!", "aab", "aaab"),
         ("abc", "x", "abc"),
@@ -281,7 +281,7 @@ def check_until(until):
 
 
 def scores_by_loop(model, ids):
-    "The oracle of log_probs: one pass for each token, in the first window that reaches it."
+    "What log_probs should return: one pass for each token, in the first window that reaches it."
     size, found = model.config.block_size, []
     for n in range(1, len(ids)):
         start = next(s for s in range(0, len(ids), size // 2) if s + size >= n)
@@ -305,5 +305,5 @@ def check_log_probs(log_probs):
     yield "a model in training mode reads without noise and gradients, and is in training mode afterwards"
     trained = log_probs(model.train(), ids)
     close(trained, got, "23 tokens, from a model in training mode", 1e-4, 1e-5)
-    assert not trained.requires_grad, "no gradients are needed to read"
+    assert not trained.requires_grad, "reading should need no gradients"
     assert all(module.training for module in model.modules()), "all of the model should be in training mode again"

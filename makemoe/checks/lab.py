@@ -54,7 +54,7 @@ def equal_shares(got, want):
 def check_runs(runs):
     cases = [("0 0 3 0", [2, 1, 1]), ("1 2 2 1 1", [1, 2, 2]), ("11 1 1 12", [1, 2, 1]), ("4 " * 12, [12]), ("", [])]
     for experts, want in cases:
-        yield f"experts {experts or '(none)'}"
+        yield f"the runs of the experts {experts or '(none)'}"
         written = [("a\n"[place % 2], int(e)) for place, e in enumerate(experts.split())]
         before = list(written)
         got = runs(written)
@@ -105,7 +105,7 @@ def reads_as(source, text, experts):
 @check
 def check_text_to_spans(text_to_spans):
     cases = {
-        "a character without an expert stands in no span": ("ab", [None, 2]),
+        "a character without an expert is in no span": ("ab", [None, 2]),
         "expert 0 is an expert, and 12 has two digits": ("abc", [0, 12, 0]),
         "< and & are escaped, with an expert and without": ("<&lt;<&lt;", [1] * 5 + [None] * 5),
         "new lines, tabs and spaces stay, also at the ends": ("\t\n  \n ", [None, None, 1, 1, 0, None]),
@@ -115,5 +115,5 @@ def check_text_to_spans(text_to_spans):
     for claim, (text, experts) in cases.items():
         yield claim
         reads_as(text_to_spans(text, experts), text, experts)
-    yield "no text is no HTML"
+    yield "an empty text gives an empty string"
     same(text_to_spans("", []), "")

@@ -23,7 +23,7 @@ def balance_by_loop(logits, chosen):
 
 
 def balance(logits, chosen):
-    "The same from tensors (N, E), to be differentiated: f is a constant."
+    "The same from tensors (N, E), so that it can be differentiated; f is a constant."
     f = chosen.double().mean(dim=0)
     return (logits.shape[-1] / f.sum() * (f * logits.double().softmax(dim=-1).mean(dim=0)).sum()).float()
 
@@ -40,12 +40,12 @@ def record(routing):
 
 
 def without(routing, dropped):
-    "The routing after the choices in `dropped` were dropped."
+    "The routing without the choices in `dropped`."
     return replace(routing, gates=routing.gates.masked_fill(dropped, 0), kept=routing.kept & ~dropped)
 
 
 def leaning(*shape, k, requires_grad=False):
-    "A routing of random logits of this shape, (..., E), most of which prefer expert 0."
+    "A routing of random logits of this shape, (..., E), in which many tokens prefer expert 0."
     logits = torch.randn(shape)
     logits[..., 0] += 1.5
     return top_k_gating(logits.requires_grad_(requires_grad), k)
@@ -63,12 +63,12 @@ def check_load_balancing_loss(load_balancing_loss):
     routing = leaning(2, 5, 6, k=2)
     flat = routing.logits.flatten(0, 1), routing.chosen.flatten(0, 1)
     close(load_balancing_loss(routing), balance_by_loop(*flat), "the loss of (2, 5, 6)")
-    yield "a balanced batch costs 1, and E / k where k experts get everything"
+    yield "the loss is 1 if the load is balanced, and E / k if k experts get everything"
     fair = torch.stack([torch.eye(6).roll(turn, dims=1) for turn in range(6)])
     close(load_balancing_loss(top_k_gating(9 * fair, 1)), 1, "the loss of a balanced batch")
     alone = top_k_gating(90 * torch.eye(4)[0].expand(7, 4), 1)
     close(load_balancing_loss(alone), 4, "the loss where all have one expert")
-    yield "what is dropped afterwards does not matter"
+    yield "choices that are dropped afterwards still count"
     routing = leaning(20, 5, k=2)
     some = routing.chosen & (torch.rand(20, 5) < 0.5)
     before = balance_by_loop(routing.logits, routing.chosen)
@@ -77,7 +77,7 @@ def check_load_balancing_loss(load_balancing_loss):
     yield "under noise, f comes from what was chosen and P from the logits"
     noisy = replace(routing, logits=torch.randn(20, 5))
     close(load_balancing_loss(noisy), balance_by_loop(noisy.logits, noisy.chosen), "the loss under noise")
-    yield "k is what was chosen on average"
+    yield "k is the mean number of chosen experts per token"
     chosen = torch.tensor([[1, 1, 1, 0], [0, 0, 0, 1]], dtype=torch.bool)
     close(load_balancing_loss(Routing(chosen.float(), torch.randn(2, 4), chosen, chosen)), 1, "3 experts, then 1")
     yield "the gradient flows through P alone, to the logits of all experts"
@@ -85,7 +85,7 @@ def check_load_balancing_loss(load_balancing_loss):
         routing = leaning(9, 5, k=k, requires_grad=True)
         expected = balance(routing.logits, routing.chosen)
         same_gradients(load_balancing_loss(routing), expected, {"logits": routing.logits}, "the loss")
-    yield "autocast changes nothing"
+    yield "the loss is the same under autocast"
     routing = leaning(9, 5, k=2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rounded = load_balancing_loss(routing)
@@ -103,9 +103,9 @@ def check_importance_loss(importance_loss):
     yield "all tokens (B, T) count together"
     routing = leaning(3, 7, 6, k=2)
     close(importance_loss(routing), squared_variation(routing.gates.flatten(0, 1)), "the loss of (3, 7, 6)")
-    yield "one of 5 experts with everything costs 4"
+    yield "if one of 5 experts gets everything, the loss is 4"
     close(importance_loss(top_k_gating(torch.tensor([[9.0, 0, 0, 0, 0]]).expand(8, 5), 1)), 4, "the loss")
-    yield "a dropped gate counts as 0"
+    yield "the gate of a dropped choice counts as 0"
     routing = leaning(20, 5, k=2)
     fewer = without(routing, routing.chosen & (torch.rand(20, 5) < 0.4))
     close(importance_loss(fewer), squared_variation(fewer.gates), "the loss after dropping")
@@ -114,7 +114,7 @@ def check_importance_loss(importance_loss):
     for one in routing, without(routing, routing.chosen & (torch.rand(9, 5) < 0.4)):
         expected = squared_variation(one.gates)
         same_gradients(importance_loss(one), expected, {"logits": routing.logits}, "the loss")
-    yield "equal importance costs 0, and its gradient is 0 and not nan"
+    yield "if all experts are equally important, the loss is 0, and the gradient is 0 and not nan"
     for E in 1, 4:
         logits = torch.zeros(6, E, requires_grad=True)
         loss = importance_loss(top_k_gating(logits, E))
@@ -134,16 +134,16 @@ def check_router_z_loss(router_z_loss):
         with unchanged(**record(routing)):
             loss = router_z_loss(routing)
         close(loss, z(routing.logits), f"the loss of {shape}")
-    yield "logits of 0 cost (ln E)**2"
+    yield "if all logits are 0, the loss is (ln E)**2"
     close(router_z_loss(top_k_gating(torch.zeros(3, 6), 2)), math.log(6) ** 2, "the loss")
-    yield "what all logits of a token have in common counts"
+    yield "a number that is added to all logits of a token changes the loss"
     routing = top_k_gating(torch.randn(8, 5) - 30, 2)
     close(router_z_loss(routing), z(routing.logits), "the loss of logits around -30")
-    yield "logits of 10,000 do not overflow, nor do they underflow below zero"
+    yield "logits of 10,000 do not overflow, and logits of -10,000 do not underflow"
     close(router_z_loss(top_k_gating(torch.tensor([[1e4, 0.0, 0.0]]), 1)), 1e8, "the loss of a logit of 1e4")
     low = router_z_loss(top_k_gating(torch.full((2, 3), -1e4), 1))
     close(low, (1e4 - math.log(3)) ** 2, "the loss of logits of -1e4")
-    yield "the gradient reaches all logits, and is finite where they are huge"
+    yield "the gradient reaches all logits, and it is finite for huge ones"
     logits = (2 * torch.randn(7, 5)).requires_grad_()
     same_gradients(router_z_loss(top_k_gating(logits, 2)), z(logits), {"logits": logits}, "the loss")
     logits = torch.tensor([[2e4, 0.0]], requires_grad=True)
@@ -156,7 +156,7 @@ def check_routing_metrics(routing_metrics):
     chosen = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 0], [1, 0, 0, 1]], dtype=torch.bool)
     logits = torch.tensor([[0.0, 0, 0, 0], [1e4, 0, 0, 0]] * 2, requires_grad=True)
     routing = Routing(chosen / 2, logits, chosen, chosen.clone())
-    yield "four plain numbers with the right names"
+    yield "it is a dict of four plain numbers with the right names"
     with unchanged(**record(routing)):
         metrics = routing_metrics(routing)
     same(sorted(metrics), ["confidence", "dropped", "entropy", "imbalance"], "the names")
@@ -164,7 +164,7 @@ def check_routing_metrics(routing_metrics):
         assert type(value) is float, f"{name} is {value!r}, but should be a plain float"
     yield "loads of 4, 2, 1, 1 have an imbalance of 2"
     close(metrics["imbalance"], 2, "imbalance")
-    yield "confidence and entropy are means over the tokens, also where a probability is 0"
+    yield "confidence and entropy are means over the tokens, also if a probability is 0"
     close(metrics["confidence"], (1 / 4 + 1) / 2, "confidence")
     close(metrics["entropy"], math.log(4) / 2, "entropy")
     yield "after dropping, the load is what is kept, and dropped is a share of the choices"
@@ -199,7 +199,7 @@ def check_sequence_balancing_loss(sequence_balancing_loss):
     four = leaning(2, 2, 6, 4, k=1)
     flat = zip(four.logits.flatten(0, 1), four.chosen.flatten(0, 1))
     close(sequence_balancing_loss(four), sum(balance_by_loop(*row) for row in flat) / 4, "the loss of (2, 2, 6, 4)")
-    yield "what is dropped afterwards does not matter"
+    yield "choices that are dropped afterwards still count"
     fewer = without(routing, routing.chosen & (torch.rand(3, 8, 5) < 0.4))
     close(sequence_balancing_loss(fewer), sum(rows) / 3, "the loss after dropping")
     yield "the gradient flows through every P"
@@ -209,7 +209,7 @@ def check_sequence_balancing_loss(sequence_balancing_loss):
 
 
 def expected_load(logits, noisy, deviation, k):
-    "Expert by expert: the probability to beat the k-th best of the others, summed over the tokens (N, E)."
+    "For each expert: the probability of beating the k-th best of the others, summed over the tokens (N, E)."
     loads = []
     for e in range(logits.shape[-1]):
         others = torch.cat([noisy[:, :e], noisy[:, e + 1:]], dim=-1)
@@ -220,14 +220,14 @@ def expected_load(logits, noisy, deviation, k):
 
 @check
 def check_smooth_load(smooth_load):
-    yield "it is the probability to be chosen if only the own noise is drawn again, summed over the tokens"
+    yield "it is the probability of being chosen if only the expert's own noise is drawn again, summed over the tokens"
     for k in 1, 2, 3:
         logits, deviation = torch.randn(6, 4), 0.5 + torch.rand(6, 4)
         noisy = logits + deviation * torch.randn(6, 4)
         with unchanged(logits=logits, noisy=noisy, deviation=deviation):
             load = smooth_load(logits, noisy, deviation, k)
         close(load, expected_load(logits, noisy, deviation, k), f"the load with k = {k}", rtol=1e-4)
-    yield "with hardly any noise it is the plain load"
+    yield "with very little noise it is the load itself"
     sure = 20 * torch.eye(4)
     close(smooth_load(sure, sure, torch.full((4, 4), 0.01), 1), torch.ones(4), "the load")
     yield "all tokens (B, T) count together"

@@ -74,7 +74,7 @@ def losses_by_hand(config, logits, targets, routings):
 @check
 def check_block(Block, MoEConfig):
     block, x = shaken(Block(MoEConfig(**SIZES))), torch.randn(2, 6, 16, requires_grad=True)
-    yield "attention and mixture each read through a norm and add to the stream; the routing is handed out"
+    yield "attention and mixture each read through a norm and add to the residual stream; the routing is returned"
     for mode in "training", "evaluation":
         block.train(mode == "training")
         after, routing = block_by_hand(block, x)
@@ -94,31 +94,31 @@ def check_block(Block, MoEConfig):
             atol=1e-4,
         )
         same_gradients(answer[1].logits, routing.logits, {"x": x}, "the logits of the routing", rtol=1e-3, atol=1e-4)
-    yield "the factor multiplies the mixture's answer and nothing else"
+    yield "the factor multiplies only the mixture's answer"
     for norm in "rms", "layer":
         loud = shaken(Block(MoEConfig(**SIZES, routed_scaling_factor=3.0, norm=norm)))
         close(loud(x)[0], block_by_hand(loud, x, 3.0)[0], "the stream with a factor of 3")
-    yield "the routing is the one that was carried out, also when a noisy router would decide anew"
+    yield "the routing is the one that was used, also when a noisy router would decide differently a second time"
     noisy = shaken(Block(MoEConfig(**SIZES, router="noisy")))
     after, routing = noisy(x)
     middle = x + noisy.attention(noisy.norm1(x))
     close(
-        after, middle + noisy.moe.experts(noisy.norm2(middle), routing), "the stream by the routing that was handed out"
+        after, middle + noisy.moe.experts(noisy.norm2(middle), routing), "the stream by the routing that was returned"
     )
-    yield "if nobody writes, the stream stays as it was"
+    yield "if attention and experts answer 0, the stream does not change"
     silent = Block(MoEConfig(**SIZES, bias=True))
     for name, weight in silent.named_parameters():
         if "proj" in name or "down" in name:
             nn.init.zeros_(weight)
-    same(silent(x)[0].detach(), x.detach(), "the stream after a silent block")
-    yield "dropout falls where attention and experts let it fall, and nowhere else"
+    same(silent(x)[0].detach(), x.detach(), "the stream after answers of 0")
+    yield "dropout acts only inside attention and experts"
     lossy = shaken(Block(MoEConfig(**SIZES, dropout=0.5)))
     streams = []
     for run in block_by_hand, Block.__call__:
         torch.manual_seed(1)
         streams.append(run(lossy, x)[0])
     close(streams[1], streams[0], "the stream in training, drawn with the same seed")
-    yield "read in pieces with a cache, it says the same"
+    yield "read in pieces with a cache, it returns the same"
     memory = Memory()
     pieces = [block.eval()(piece, memory)[0] for piece in x.split([4, 1, 1], dim=1)]
     close(torch.cat(pieces, dim=1), block(x)[0], "the stream in pieces of 4, 1 and 1 tokens")
@@ -126,7 +126,7 @@ def check_block(Block, MoEConfig):
 
 
 def same_output(model, ids, targets, what):
-    "All that the model answers, and all gradients, against its parts."
+    "All outputs of the model, and all gradients, against its parts."
     logits, routings = model_by_hand(model, ids)
     lm_loss, aux_loss = losses_by_hand(model.config, logits, targets, routings)
     with unchanged(ids=ids, targets=targets):
@@ -146,7 +146,7 @@ def same_output(model, ids, targets, what):
 
 @check
 def check_language_model(SparseMoELanguageModel, MoEConfig):
-    yield "init_weights: norms 1, biases 0, matrices normal with deviation 0.02, writers less by sqrt(2 L)"
+    yield "init_weights: norms 1, biases 0, matrices normal with 0.02, writers with 0.02 / sqrt(2 L)"
     wide = dict(
         vocab_size=40,
         block_size=16,
@@ -176,12 +176,12 @@ def check_language_model(SparseMoELanguageModel, MoEConfig):
                 f"{name} is not normal: nothing lies beyond 2.5 deviations"
             )
     down = fresh.blocks[0].moe.experts.down.detach().clone()
-    assert not torch.equal(down[0], down[1]), "two experts start out the same"
+    assert not torch.equal(down[0], down[1]), "two experts start with the same weights"
     fresh.init_weights()
     assert not torch.equal(down, fresh.blocks[0].moe.experts.down), (
-        "each call should draw anew: the seed is not yours to set"
+        "each call should draw other numbers: do not set the seed"
     )
-    yield "the same as its parts, run by hand, in all that it answers and in all gradients"
+    yield "the same as its parts, run by hand, in all outputs and gradients"
     ids, targets = torch.randint(11, (2, 2, 7))
     for settings in (
         dict(positions="rotary"),
@@ -191,7 +191,7 @@ def check_language_model(SparseMoELanguageModel, MoEConfig):
         same_output(model, ids, targets, f"{settings['positions']} positions, training mode")
         same_output(model.eval(), ids, targets, f"{settings['positions']} positions, evaluation mode")
         assert not model.training, "forward has changed the mode of the model"
-    yield "dropout falls where blocks let it fall, and the loss in training is the cross-entropy"
+    yield "dropout acts only inside the blocks, and the loss in training is the cross-entropy"
     lossy, outputs = shaken(SparseMoELanguageModel(MoEConfig(**SIZES, dropout=0.5)), std=0.4), []
     for run in model_by_hand, SparseMoELanguageModel.__call__:
         torch.manual_seed(1)
@@ -207,12 +207,12 @@ def check_language_model(SparseMoELanguageModel, MoEConfig):
     yield "without targets there is no loss"
     output = model(ids)
     assert output.loss is output.lm_loss is output.aux_loss is None, "without targets all three losses should be None"
-    yield "read in pieces with a cache for each block, it says the same"
+    yield "read in pieces with a cache for each block, it returns the same"
     memory = [Memory() for _ in model.blocks]
     pieces = [model(piece, cache=memory).logits for piece in ids.split([4, 1, 2], dim=1)]
     close(torch.cat(pieces, dim=1), model(ids).logits, "logits in pieces of 4, 1 and 2 tokens", rtol=1e-4, atol=1e-5)
     assert [len(part) for part in memory] == [7] * 2, "each block should have a cache of its own with all 7 tokens"
-    yield "a full context is read; more is refused, and the cache stays as it was"
+    yield "a full context is accepted; more is refused, and the caches do not change"
     model(torch.randint(11, (1, 12)))
     refuses(ValueError, lambda: model(torch.randint(11, (1, 13))), 13, 12)
     refuses(ValueError, lambda: model(torch.randint(11, (2, 6)), cache=memory), 13, 12)
@@ -259,7 +259,7 @@ def check_count_parameters(count_parameters):
     for experts in GroupedExperts, Experts:
         for E, k in (4, 2), (3, 3):
             same_counts(count_parameters(stand_in(experts, E, k)), count_by_hand(E, k), f"{k} of {E} experts")
-    yield "a parameter in two places counts once, one that is not trained like any other"
+    yield "a parameter used in two places counts once; one that is not trained counts too"
     tied = stand_in(GroupedExperts, 4, 2).requires_grad_(False)
     tied.lm_head.weight = tied.token_embedding.weight
     same_counts(count_parameters(tied), count_by_hand(4, 2, tied=True), "a shared, frozen matrix")
@@ -270,7 +270,7 @@ def check_tie_weights(tie_weights):
     model = shaken(stand_in(GroupedExperts, 4, 2))
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     tied = tie_weights(model)
-    yield "one parameter in two places, and the same model comes back"
+    yield "one parameter in two places, and the same model is returned"
     assert tied is model, "the model that was handed in should be returned"
     assert model.lm_head.weight is model.token_embedding.weight, "head and embedding do not hold the same parameter"
     same(
@@ -278,11 +278,11 @@ def check_tie_weights(tie_weights):
         count_by_hand(4, 2, tied=True)[0],
         "the number of parameters",
     )
-    yield "the embedding, the bias and all else keep their numbers"
+    yield "the embedding, the bias and everything else keep their values"
     for name, weight in model.named_parameters():
         same(weight.detach(), before[name], name)
     assert model.lm_head.bias is not None, "the head has lost its bias"
-    yield "the head computes with it and learns"
+    yield "the head computes with it, and gradients reach it"
     h = torch.randn(2, 6)
     logits = model.lm_head(h)
     close(logits, h @ before["token_embedding.weight"].T + before["lm_head.bias"], "logits")

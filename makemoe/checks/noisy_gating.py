@@ -1,4 +1,4 @@
-"""Checks of lesson 05, noisy gating. Random numbers are compared with their exact standard errors, from a fixed seed."""
+"Checks of lesson 05, noisy gating. Random numbers, from a fixed seed, are compared within their standard errors."
 
 import copy
 
@@ -13,7 +13,7 @@ N = 20_000
 
 
 def within(z, what, limit=5):
-    "Assert that `z`, distances in standard errors, stay within `limit`: chance alone exceeds 5 once in two million."
+    "Assert that all `z`, in standard errors, are below `limit`. By chance alone, 5 is exceeded once in two million."
     worst = z.abs().max()
     assert worst < limit, f"{what}: {worst:.1f} standard errors off"
 
@@ -43,7 +43,7 @@ def loud_router(NoisyTopkRouter, n_embd=6, num_experts=4):
 
 @check
 def check_noisy_topk_router(NoisyTopkRouter):
-    yield "in evaluation it is a TopkRouter with the same weights, and draws no random number"
+    yield "in evaluation it does what a TopkRouter with the same weights does, and draws no random numbers"
     router, x = NoisyTopkRouter(6, 5, 2).eval(), torch.randn(40, 6, requires_grad=True)
     plain = TopkRouter(6, 5, 2)
     plain.linear.load_state_dict(router.linear.state_dict())
@@ -57,27 +57,27 @@ def check_noisy_topk_router(NoisyTopkRouter):
     evaluated = torch.autograd.grad((ours.gates * torch.randn(5)).sum(), router.linear.weight, allow_unused=True)[0]
     assert evaluated is not None and evaluated.any(), "in evaluation no gradient reaches the weights of linear"
 
-    yield "the noise is normal, its mean is 0 and its deviation softplus(noise_linear(x)), for each expert alone"
+    yield "the noise of each expert is normal and independent, with mean 0 and deviation softplus(noise_linear(x))"
     loud, many = loud_router(NoisyTopkRouter), torch.randn(N, 6)
     noise = read_noise(loud, many, loud(many).gates)[:, 1:]  # (N, 3)
-    usual = deviations(loud, many)[:, 1:] > 0.1  # smaller ones drown in the rounding of the gates
+    usual = deviations(loud, many)[:, 1:] > 0.1  # smaller ones are lost when the gates are rounded
     for e in range(3):
         z = noise[usual[:, e], e].double()
         within(z.mean() * len(z) ** 0.5, f"the mean of the noise of expert {e + 1}")
         within((z.var() - 1) * (len(z) / 2) ** 0.5, f"the variance of the noise of expert {e + 1}")
         within(((z**4).mean() - 3) * (len(z) / 96) ** 0.5, f"the fourth moment of the noise of expert {e + 1}")
     both = noise[usual.all(dim=1)]
-    within((torch.corrcoef(both.T) - torch.eye(3)) * len(both) ** 0.5, "experts share their noise")
+    within((torch.corrcoef(both.T) - torch.eye(3)) * len(both) ** 0.5, "the correlation of the noise of two experts")
 
-    yield "tokens, rows of a batch and passes do not share their noise"
+    yield "every token, row of a batch and pass has its own noise"
     first, second = (loud(many[:50].expand(2, 50, 6)).gates for _ in range(2))
     assert first.shape == (2, 50, 4), f"gates of (2, 50, 6) tokens have the shape {tuple(first.shape)}"
     for one, other, what in (first[0], first[1], "rows"), (first, second, "passes"):
-        assert not torch.isclose(one, other).all(dim=-1).any(), f"two {what} with the same noise"
+        assert not torch.isclose(one, other).all(dim=-1).any(), f"two {what} have the same noise"
     alike = loud(torch.ones(50, 6)).gates
-    assert not torch.isclose(alike[0], alike[1:]).all(dim=-1).any(), "two tokens with the same noise"
+    assert not torch.isclose(alike[0], alike[1:]).all(dim=-1).any(), "two tokens have the same noise"
 
-    yield "the logits in the record are those before the noise, with their gradient"
+    yield "the logits in the record are the scores without noise, with their gradient"
     router, x = NoisyTopkRouter(6, 5, 2), torch.randn(500, 6, requires_grad=True)
     routing = router(x)
     close(routing.logits, clean_scores(router, x), "logits")
@@ -102,7 +102,7 @@ def check_noisy_topk_router(NoisyTopkRouter):
     sources = {"x": x} | dict(loud.named_parameters())
     same_gradients(gates, formula, sources, "the gates", rtol=1e-3, atol=1e-4)
 
-    yield "everything is float32: under autocast and with weights and tokens of another type"
+    yield "it computes in float32, also under autocast and for weights and tokens of another type"
     loud = loud_router(NoisyTopkRouter)
     for training in True, False:
         loud.train(training)
@@ -123,24 +123,24 @@ def check_noisy_topk_router(NoisyTopkRouter):
         for field in "logits", "gates":
             close(getattr(low, field), getattr(exact, field), f"{field} under autocast, training = {training}")
 
-    yield "an impossible top_k is refused, as by TopkRouter"
+    yield "a top_k that is too large is refused, as by TopkRouter"
     refuses(ValueError, lambda: NoisyTopkRouter(6, 5, 6), "top_k", "6")
 
 
 @check
 def check_gumbel_choice(gumbel_choice):
     logits, u = 2 * torch.randn(200, 5), torch.rand(200, 5)
-    yield "the largest sum of score and Gumbel noise decides"
+    yield "the expert with the largest sum of score and Gumbel noise is chosen"
     sums = logits - torch.log(-torch.log(u))
     want = torch.tensor([max(range(5), key=lambda e: sums[t, e]) for t in range(200)])
     state = torch.get_rng_state()
     with unchanged(logits=logits, u=u):
         drawn = gumbel_choice(logits, u)
     close(drawn, want, "the experts")
-    yield "all chance comes from u"
+    yield "it draws no random numbers itself"
     same(torch.get_rng_state(), state, "the state of the random numbers")
     same(gumbel_choice(logits, u), drawn, "the experts in a second call")
-    yield "any shape may stand in front"
+    yield "any dimensions may come before E"
     close(gumbel_choice(logits.view(4, 50, 5), u.view(4, 50, 5)), want.view(4, 50), "the experts of (4, 50, 5) scores")
     close(gumbel_choice(logits[0], u[0]), want[0], "the expert of a single token")
 
@@ -160,7 +160,7 @@ def check_choice_probability(choice_probability):
     logits, deviation = torch.randn(6, 5), 0.2 + torch.rand(6, 5)
     noisy = logits + deviation * torch.randn(6, 5)
     for k in 1, 2, 4:
-        yield f"it is the loop of eq. 8-9, k = {k}"
+        yield f"it equals a loop over eq. 9, k = {k}"
         with unchanged(logits=logits, noisy=noisy, deviation=deviation):
             got = choice_probability(logits, noisy, deviation, k)
         close(got, probability_by_loop(logits, noisy, deviation, k), "P")
@@ -168,6 +168,6 @@ def check_choice_probability(choice_probability):
     sources = {"logits": logits, "noisy": noisy, "deviation": deviation}
     sources = {name: tensor.clone().requires_grad_() for name, tensor in sources.items()}
     same_gradients(choice_probability(**sources, k=2), probability_by_loop(**sources, k=2), sources, "P")
-    yield "any shape may stand in front"
+    yield "any dimensions may come before E"
     batch = (tensor.view(2, 3, 5) for tensor in (logits, noisy, deviation))
     close(choice_probability(*batch, 2).view(6, 5), probability_by_loop(logits, noisy, deviation, 2), "P of (2, 3, 5)")

@@ -35,7 +35,9 @@ def compare_with_stream(write, model, prompt, num_tokens, **settings):
     for (_, expert), (_, routings) in zip(pairs, passes):
         assert type(expert) is int, f"{how}: the expert is {expert!r}, but should be an int"
         gates = routings[-1].gates[0, -1]
-        assert 0 <= expert < 3 and gates[expert] == gates.max(), f"{how}: expert {expert} is not the largest of {gates.tolist()}"
+        assert 0 <= expert < 3 and gates[expert] == gates.max(), (
+            f"{how}: expert {expert} is not the largest of {gates.tolist()}"
+        )
 
 
 @check
@@ -44,7 +46,9 @@ def check_write(write):
     model = a_model()
     compare_with_stream(write, model, "To be", 30, seed=5)
     yield "gates count, not scores: an expert that dropped the token was not asked"
-    compare_with_stream(write, a_model(capacity_factor=0.1, eval_capacity_factor=0.1), "To be, or not to be", 30, seed=5)
+    compare_with_stream(
+        write, a_model(capacity_factor=0.1, eval_capacity_factor=0.1), "To be, or not to be", 30, seed=5
+    )
     yield "all settings reach `stream`, and an unknown one is an error"
     for settings in dict(temperature=0), dict(temperature=0.5, seed=1), dict(top_k=2, seed=1), dict(top_p=0.5, seed=1):
         compare_with_stream(write, model, "o\n", 15, **settings)
@@ -92,7 +96,14 @@ def check_new_folder(new_folder):
         Path("runs/a/model").write_text("the work of a night")
         Path("runs/a-3").rmdir()
         Path("runs/file").write_text("in the way")
-        for name, folder in ("a", "a-3"), ("a", "a-12"), ("file", "file-2"), ("v1.5", "v1.5"), ("v1.5", "v1.5-2"), ("[a]", "[a]"):
+        for name, folder in (
+            ("a", "a-3"),
+            ("a", "a-12"),
+            ("file", "file-2"),
+            ("v1.5", "v1.5"),
+            ("v1.5", "v1.5-2"),
+            ("[a]", "[a]"),
+        ):
             same(new_folder(name), Path("runs", folder), f"the folder for {name}")
         same(Path("runs/a/model").read_text(), "the work of a night", "what was in runs/a")
         yield "a number at the end of a name belongs to the name, and a folder may be in a folder"

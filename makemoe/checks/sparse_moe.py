@@ -28,7 +28,7 @@ def drop(routing, kept):
 
 
 def check_mixture(experts, x, routing, case):
-    "Values, gradients, and who worked on what, against the loop."
+    "Compare values, gradients, and the tokens of each expert with the loop."
     x, gates = x.detach().requires_grad_(), routing.gates.detach().requires_grad_()
     routing, calls = replace(routing, gates=gates), [[] for _ in experts]
     with unchanged(x=x, gates=gates, kept=routing.kept):
@@ -56,9 +56,9 @@ def check_mixture(experts, x, routing, case):
 def check_experts(Experts):
     experts, x = Experts(4, 8, 16), torch.randn(2, 5, 8)  # (B, T, C)
     routing = top_k_gating(torch.randn(2, 5, 4), 2)
-    yield "it is the loop in values and gradients, and each expert runs once on its own tokens"
+    yield "values and gradients equal those of a loop, and each expert runs once, on its own tokens"
     check_mixture(experts, x, routing, "two experts per token")
-    yield "kept decides, neither chosen nor the size of a gate"
+    yield "an expert works on the tokens in kept, whatever chosen is and however large a gate is"
     kept = routing.kept.clone()
     kept[0, 1:3] = kept[:, :, 3] = False
     fewer = drop(routing, kept)
@@ -66,21 +66,21 @@ def check_experts(Experts):
     signed = -2 * routing.gates
     signed[1] = 0
     check_mixture(experts, x, replace(routing, gates=signed), "gates below and at 0")
-    yield "a token that nobody keeps gets exactly 0, an expert without tokens a gradient of 0, not None"
+    yield "a token that no expert keeps gets exactly 0, and an expert without tokens gets a gradient of 0, not None"
     y = experts(x, fewer)
-    same(y[0, 1:3].detach(), torch.zeros(2, 8), "y of two tokens that nobody keeps")
+    same(y[0, 1:3].detach(), torch.zeros(2, 8), "y of two tokens that no expert keeps")
     y.square().sum().backward()
     for name, weight in experts[3].named_parameters():
         assert weight.grad is not None, f"the gradient of {name} of an expert without tokens is None"
         same(weight.grad, torch.zeros_like(weight), f"the gradient of {name} of an expert without tokens")
-    yield "it does so in evaluation mode, in any shape, layout and number of experts"
+    yield "all this holds in evaluation mode, and for any shape, memory layout and number of experts"
     check_mixture(experts.eval(), x, routing, "evaluation")
     check_mixture(experts, x[0], top_k_gating(torch.randn(5, 4), 4), "no batch, k = E")
     check_mixture(experts, x.mT.contiguous().mT, routing, "another layout in memory")
     check_mixture(Experts(6, 3, 7), torch.randn(1, 1, 3), top_k_gating(torch.randn(1, 1, 6), 1), "one token")
     none = experts(x[:0], top_k_gating(torch.randn(0, 5, 4), 2))
     same(tuple(none.shape), (0, 5, 8), "the shape of y without tokens")
-    yield "y is of the type of x, also where gates are float32 and x is bfloat16"
+    yield "y has the type of x, also when gates are float32 and x is bfloat16"
     low = copy.deepcopy(experts).bfloat16()(x.bfloat16(), routing)
     close(low.float(), experts(x, routing), "y in bfloat16", rtol=0.05, atol=0.03)
     same(low.dtype, torch.bfloat16, "the type of y")
@@ -106,16 +106,16 @@ def check_sparse_moe(SparseMoE):
         return mixture_by_loop(workers, x, routing)
 
     handed = []
-    yield "the router is asked once, and its own record goes to the experts and comes back"
+    yield "the router is called once, and its own record is given to the experts and returned"
     with unchanged(x=x):
         answer = SparseMoE(listening, carrying_out)(x)
-    same(len(decisions), 1, "how often the router is asked")
+    same(len(decisions), 1, "how often the router is called")
     assert type(answer) is tuple and len(answer) == 2, (
         f"should return (y, routing), but returns a {type(answer).__name__}"
     )
-    assert len(handed) == 1 and handed[0] is decisions[0], "the experts should be handed the router's own record"
+    assert len(handed) == 1 and handed[0] is decisions[0], "the experts should be given the router's own record"
     assert answer[1] is decisions[0], "should return the router's own record"
-    yield "y is what the experts answer and nothing else, of their type"
+    yield "y is exactly what the experts return, also in its type"
     close(answer[0], mixture_by_loop(workers, x, decisions[0]), "y")
     half = SparseMoE(lambda x: decisions[0], lambda x, routing: x.bfloat16() / 2)
     for mode in True, False:
@@ -125,7 +125,7 @@ def check_sparse_moe(SparseMoE):
     same_gradients(answer[0], mixture_by_loop(workers, x, decisions[0]), sources, "y")
     through_router = SparseMoE(router.eval(), lambda x, routing: routing.gates)(x)[0]
     same_gradients(through_router, router(x).gates, {"x": x}, "the gates, in evaluation")
-    yield "an error of the router or of the experts is not hidden"
+    yield "an error in the router or in the experts is not hidden"
 
     def fail(*_, **__):
         raise ValueError("this does not fit")
@@ -148,14 +148,14 @@ def check_hash_routing(hash_routing):
     yield "the logits are 0, in float32"
     same(routing.logits, torch.zeros(3, 7, 6), "logits")
     close(routing.probs, torch.full((3, 7, 6), 1 / 6), "probs")
-    yield "experts that are in no table get a place, too"
+    yield "experts that are not in the table have a column, too"
     same(hash_routing(torch.tensor([0, 1]), torch.tensor([2, 0]), 5).load, torch.tensor([1, 0, 1, 0, 0]), "load")
 
 
 @check
 def check_merge_experts(merge_experts):
     for widths, C in ((16, 16, 16), 8), ((4, 7), 5):
-        yield f"one expert answers the sum of {len(widths)} with {widths} hidden units"
+        yield f"the answer is the sum of those of {len(widths)} experts with {widths} hidden units"
         experts, x = [Expert(C, width) for width in widths], torch.randn(2, 5, C)
         before = [{name: value.clone() for name, value in expert.state_dict().items()} for expert in experts]
         wide = merge_experts(experts)
@@ -163,7 +163,7 @@ def check_merge_experts(merge_experts):
         same(wide.up.out_features, sum(widths), "the number of hidden units")
         want = sum(expert(x) for expert in experts)
         close(wide(x), want, "the answer")
-    yield "it can be trained, and the experts stay as they are"
+    yield "it has parameters of its own that can be trained"
     for name, parameter in wide.named_parameters():
         assert parameter.requires_grad and parameter.is_leaf, f"{name} is not a parameter that can be trained"
     with torch.no_grad():

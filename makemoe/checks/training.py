@@ -35,7 +35,8 @@ def interrupt(*_):
 def check_estimate_loss(estimate_loss):
     T = 16
     model = SparseMoELanguageModel(
-        replace(RESTLESS, block_size=T, capacity_factor=0.5, eval_capacity_factor=0.5, balance_coef=1.0))
+        replace(RESTLESS, block_size=T, capacity_factor=0.5, eval_capacity_factor=0.5, balance_coef=1.0)
+    )
     ids = torch.randint(7, (5 * T + 3,))  # five contexts, and two tokens that fill no sixth
     weights = {name.replace(".", "_"): weight for name, weight in model.named_parameters()}
     yield "nobody's random numbers are drawn, gradients and weights stay as they are"
@@ -59,7 +60,9 @@ def check_estimate_loss(estimate_loss):
         same(load, expected_load, f"the load of {blocks or 'all'} contexts of {length} tokens")
     yield "at most batch_size contexts at a time, without gradients"
     seen = []
-    watch = model.lm_head.register_forward_hook(lambda head, _, logits: seen.append((len(logits), logits.requires_grad)))
+    watch = model.lm_head.register_forward_hook(
+        lambda head, _, logits: seen.append((len(logits), logits.requires_grad))
+    )
     for batch_size in 1, 3:
         seen.clear()
         estimate_loss(model, ids, batch_size)
@@ -70,7 +73,9 @@ def check_estimate_loss(estimate_loss):
     for mode in True, False:
         model.train(mode)
         estimate_loss(model, ids)
-        assert all(part.training == mode for part in model.modules()), f"training was {mode} before, and is not any more"
+        assert all(part.training == mode for part in model.modules()), (
+            f"training was {mode} before, and is not any more"
+        )
     model.train().lm_head.register_forward_pre_hook(interrupt)
     try:
         estimate_loss(model, ids)
@@ -90,7 +95,9 @@ def schedule(steps, warmup, lr=1.0, final_lr=0.0):
 def check_learning_rate(learning_rate):
     yield "up in four steps to all of lr, then straight down, never 0 while there are steps"
     rates = [learning_rate(step, schedule(10, 4)) for step in range(10)]
-    close(torch.tensor(rates), torch.tensor([1 / 4, 2 / 4, 3 / 4, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]), "ten rates")
+    close(
+        torch.tensor(rates), torch.tensor([1 / 4, 2 / 4, 3 / 4, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]), "ten rates"
+    )
     close(learning_rate(10, schedule(10, 4)), 0, "the rate that step 10 would have")
     yield "lr and final_lr, which is a share of it"
     rates = [learning_rate(step, schedule(110, 10, 0.2, 0.5)) for step in (4, 10, 60, 110)]
@@ -106,8 +113,10 @@ def check_learning_rate(learning_rate):
 def groups_by_hand(model, decay):
     "Matrices that decay, and the rest."
     named = [(name, weight, weight.dim() < 2 or name.endswith("bias")) for name, weight in model.named_parameters()]
-    return [dict(params=[weight for _, weight, vector in named if not vector], weight_decay=decay),
-            dict(params=[weight for _, weight, vector in named if vector], weight_decay=0.0)]
+    return [
+        dict(params=[weight for _, weight, vector in named if not vector], weight_decay=decay),
+        dict(params=[weight for _, weight, vector in named if vector], weight_decay=0.0),
+    ]
 
 
 def equal_weights(ours, theirs, what, rtol=0, atol=0):
@@ -127,17 +136,44 @@ def stop_in(state, step):
 @check
 def check_train(train, TrainConfig, TrainState):
     ours, held_out = torch.randint(7, (60,)) % 3, torch.randint(7, (40,))  # very different texts
-    config = TrainConfig(steps=5, batch_size=3, lr=0.02, warmup=2, final_lr=0.1, weight_decay=2.0, beta2=0.9, clip=0.5,
-                         eval_every=2, eval_blocks=3, seed=5)
+    config = TrainConfig(
+        steps=5,
+        batch_size=3,
+        lr=0.02,
+        warmup=2,
+        final_lr=0.1,
+        weight_decay=2.0,
+        beta2=0.9,
+        clip=0.5,
+        eval_every=2,
+        eval_blocks=3,
+        seed=5,
+    )
 
     yield "records at the start, every eval_every steps and at the end; callbacks at the right moments"
     model, calls = SparseMoELanguageModel(RESTLESS), []
     state = TrainState(model, config)
-    history = train(model, ours, held_out, config, state=state,
-                    on_step=lambda state, loss: calls.append(("step", state.step, float(loss))),
-                    on_eval=lambda record: calls.append(("eval", state.step, record)))
+    history = train(
+        model,
+        ours,
+        held_out,
+        config,
+        state=state,
+        on_step=lambda state, loss: calls.append(("step", state.step, float(loss))),
+        on_eval=lambda record: calls.append(("eval", state.step, record)),
+    )
     order = [call[:2] for call in calls]
-    want = [("eval", 0), ("step", 1), ("step", 2), ("eval", 2), ("step", 3), ("step", 4), ("eval", 4), ("step", 5), ("eval", 5)]
+    want = [
+        ("eval", 0),
+        ("step", 1),
+        ("step", 2),
+        ("eval", 2),
+        ("step", 3),
+        ("step", 4),
+        ("eval", 4),
+        ("step", 5),
+        ("eval", 5),
+    ]
     same(order, want, "the calls of on_eval and on_step, each with the steps done")
     records = [record for kind, _, record in calls if kind == "eval"]
     same([record["step"] for record in history], [0, 2, 4, 5], "the steps of the records")
@@ -184,7 +220,9 @@ def check_train(train, TrainConfig, TrainState):
         assert state.seconds > seconds, f"seconds should go on from {seconds}, but are {state.seconds}"
         seconds = state.seconds
     equal_weights(other, one, "should be the same")
-    assert [timeless(r) for r in history] == [timeless(whole[i]) for i in (0, 2, 4, 5)], "the records should be the same"
+    assert [timeless(r) for r in history] == [timeless(whole[i]) for i in (0, 2, 4, 5)], (
+        "the records should be the same"
+    )
 
     yield "tokens per second are those of the steps alone; dropped is a share of the last batch"
     clock, carried = [7.0], []
@@ -212,8 +250,11 @@ def check_train(train, TrainConfig, TrainState):
                 return replace(output, loss=output.loss * math.nan)
 
         model.register_forward_hook(spoil)
-        refuses(FloatingPointError, lambda model=model, state=state: train(
-            model, ours, held_out, replace(config, eval_every=5), state=state), f"step {bad} ")
+        refuses(
+            FloatingPointError,
+            lambda model=model, state=state: train(model, ours, held_out, replace(config, eval_every=5), state=state),
+            f"step {bad} ",
+        )
 
     yield "an error in on_eval or on_step comes out"
     for name in "on_eval", "on_step":

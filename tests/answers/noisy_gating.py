@@ -5,7 +5,7 @@ ONLY_IN_TRAINING = """        if not self.training:
             return routing
 """
 GUARD = "with torch.autocast(x.device.type, enabled=False):"
-Z = "z = F.linear(x.float(), self.noise_linear.weight.float(), self.noise_linear.bias.float())  # (..., E)"
+Z = "z = F.linear(x.float(), self.noise_linear.weight.float(), self.noise_linear.bias.float())"
 NOISY = "noisy = routing.logits + F.softplus(z) * torch.randn_like(routing.logits)"
 RETURN = "return replace(top_k_gating(noisy, self.top_k), logits=routing.logits)"
 EPS = "torch.randn_like(routing.logits)"

@@ -1,10 +1,10 @@
-"Lesson 11. What goes wrong here: the wrong text or mode, schedules off by one, loops that forget or repeat a part."
+"Lesson 11. What goes wrong here: the wrong text or mode, schedules off by one, loops that forget a part."
 
 STARTS = "starts = torch.arange(count) * fit // count * T"
 BACK = "    finally:\n        model.train(was_training)\n"
-REFUSED = '''    if fit < 1:
+REFUSED = """    if fit < 1:
         raise ValueError(f"a text of {len(ids)} tokens is too short for a context of {T} and its next token")
-'''
+"""
 
 UP = "config.lr * (step + 1) / config.warmup"
 DOWN = "return config.lr * (1 - done * (1 - config.final_lr))"
@@ -14,17 +14,18 @@ BEGAN = "began, lap_step, lap = time.perf_counter() - state.seconds, state.step,
 DUE = "due = state.step % config.eval_every == 0 or state.step >= config.steps"
 FINITE = "            require_finite(losses, state.step, config)\n"
 LAP = "            lap_step, lap = state.step, time.perf_counter()\n"
-EVALUATE = "evaluate(model, train_ids, val_ids, config)"
+EVALUATE = "evaluate(model, train_ids, val_ids, config, routings)"
 ZERO = "        state.optimizer.zero_grad()\n"
-CLIP = ("        if config.clip < math.inf:\n"
-        "            torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)\n")
+CLIP = (
+    "        if config.clip < math.inf:\n            torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)\n"
+)
 STEP = "        state.optimizer.step()\n"
 
 PIECES = "zip(x.chunk(pieces), y.chunk(pieces))"
 
 ANSWERS = {
     "estimate_loss": {
-        "right: one context at a time, cross-entropy by hand": '''
+        "right: one context at a time, cross-entropy by hand": """
 @torch.no_grad()
 def estimate_loss(model, ids, batch_size=32, blocks=None):
     T, mode = model.config.block_size, model.training
@@ -45,8 +46,8 @@ def estimate_loss(model, ids, batch_size=32, blocks=None):
         if mode:
             model.train()
     return -sum(log_probs) / len(log_probs), loads
-''',
-        "right: the text in rows of T, the sum of all losses": '''
+""",
+        "right: the text in rows of T, the sum of all losses": """
 def estimate_loss(model, ids, batch_size=32, blocks=None):
     device, T = next(model.parameters()).device, model.config.block_size
     fit = (len(ids) - 1) // T
@@ -66,14 +67,15 @@ def estimate_loss(model, ids, batch_size=32, blocks=None):
     finally:
         model.train(was_training)
     return (sum(sums) / targets.numel()).item(), torch.stack(load).sum(dim=0).tolist()
-''',
+""",
         "noise left on, and the random numbers put back": [
             ("    model.eval()\n", "    state = torch.get_rng_state()\n"),
             (BACK, BACK + "        torch.set_rng_state(state)\n"),
         ],
         "never back to training mode": [(BACK, "    finally:\n        pass\n")],
         "back to training mode unless it is interrupted": [
-            ("    try:\n", "    if True:\n"), (BACK, "    model.train(was_training)\n"),
+            ("    try:\n", "    if True:\n"),
+            (BACK, "    model.train(was_training)\n"),
         ],
         "gradients kept": [("@torch.no_grad()\n", "")],
         "old gradients thrown away": [("    model.eval()\n", "    model.eval()\n    model.zero_grad()\n")],
@@ -96,14 +98,14 @@ def estimate_loss(model, ids, batch_size=32, blocks=None):
         "a text that is too short gives nan": [(REFUSED, "    if fit < 1:\n        return math.nan, []\n")],
     },
     "learning_rate": {
-        "right: the way left, and a mixture of both ends": '''
+        "right: the way left, and a mixture of both ends": """
 def learning_rate(step, config):
     if step + 1 <= config.warmup:
         return (step + 1) * (config.lr / config.warmup)
     left = (config.steps - step) / (config.steps - config.warmup)
     return left * config.lr + (1 - left) * config.final_lr * config.lr
-''',
-        "right: the lower of two lines": '''
+""",
+        "right: the lower of two lines": """
 def learning_rate(step, config):
     up = (step + 1) / config.warmup if config.warmup else math.inf
     down = math.inf
@@ -111,13 +113,15 @@ def learning_rate(step, config):
         slope = (config.final_lr - 1) / (config.steps - config.warmup or 1)
         down = 1 + slope * (step - config.warmup)
     return config.lr * min(up, max(down, 1) if config.final_lr > 1 else down)
-''',
+""",
         "the first step with rate 0": [("(step + 1) / config.warmup", "step / config.warmup")],
         "the top one step late": [("(step + 1) / config.warmup", "(step + 1) / (config.warmup + 1)")],
         "the way down ends a step early": [
             ("max(config.steps - config.warmup, 1)", "max(config.steps - 1 - config.warmup, 1)"),
         ],
-        "the way down begins a step lower": [("done = (step - config.warmup) /", "done = (step - config.warmup + 1) /")],
+        "the way down begins a step lower": [
+            ("done = (step - config.warmup) /", "done = (step - config.warmup + 1) /")
+        ],
         "the way down as if there was no warm-up": [
             ("(step - config.warmup) / max(config.steps - config.warmup, 1)", "step / config.steps"),
         ],
@@ -125,20 +129,26 @@ def learning_rate(step, config):
         "final_lr as the least": [(DOWN, "return config.lr * max(1 - done, config.final_lr)")],
         "no way down": [(DOWN, "return config.lr")],
         "half a cosine": [
-            (DOWN, "height = (1 + math.cos(math.pi * done)) / 2\n"
-                   "    return config.lr * (config.final_lr + (1 - config.final_lr) * height)"),
+            (
+                DOWN,
+                "height = (1 + math.cos(math.pi * done)) / 2\n"
+                "    return config.lr * (config.final_lr + (1 - config.final_lr) * height)",
+            ),
         ],
         "the warm-up squeezed into a short run": [
             ("    if step <", "    warmup = min(config.warmup, config.steps)\n    if step <"),
-            ("< config.warmup", "< warmup"), (UP, "config.lr * (step + 1) / warmup"),
+            ("< config.warmup", "< warmup"),
+            (UP, "config.lr * (step + 1) / warmup"),
         ],
         "crashes without warm-up": [
-            ("    if step < config.warmup:\n        return " + UP + "\n",
-             "    up = " + UP + "\n    if step < config.warmup:\n        return up\n"),
+            (
+                "    if step < config.warmup:\n        return " + UP + "\n",
+                "    up = " + UP + "\n    if step < config.warmup:\n        return up\n",
+            ),
         ],
     },
     "train": {
-        "right: a for loop, a function for each look": '''
+        "right: a for loop, a function for each look": """
 def train(model, train_ids, val_ids, config=TrainConfig(), on_step=None, on_eval=None, state=None):
     if state is None:
         state = TrainState(model, config)
@@ -186,21 +196,27 @@ def train(model, train_ids, val_ids, config=TrainConfig(), on_step=None, on_eval
         look()
     model.train(False)
     return state.history
-''',
+""",
         "right: the gradient cleared at the end, clipped by hand, losses read at every step": [
             (ZERO, ""),
             (STEP, STEP + "        model.zero_grad(set_to_none=True)\n"),
-            (CLIP, """        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            (
+                CLIP,
+                """        gradients = [p.grad for p in model.parameters() if p.grad is not None]
         length = torch.cat([g.flatten() for g in gradients]).norm()
         if length > config.clip:
             for g in gradients:
                 g *= config.clip / length
-"""),
+""",
+            ),
             ("len(losses) == 10", "len(losses) == 1"),
         ],
         "gradients never cleared": [(ZERO, "")],
         "each tensor clipped by itself": [
-            (CLIP, "        for p in model.parameters():\n            torch.nn.utils.clip_grad_norm_(p, config.clip)\n"),
+            (
+                CLIP,
+                "        for p in model.parameters():\n            torch.nn.utils.clip_grad_norm_(p, config.clip)\n",
+            ),
         ],
         "the rate of the next step": [
             ("learning_rate(state.step, config)", "learning_rate(state.step + 1, config)"),
@@ -210,16 +226,20 @@ def train(model, train_ids, val_ids, config=TrainConfig(), on_step=None, on_eval
         ],
         "no record at the end": [(DUE, "due = state.step % config.eval_every == 0")],
         "one record for all": [
-            ("state.history.append(record)",
-             "state.history.append(record)\n            for one in state.history:\n                one.update(record)"),
+            (
+                "state.history.append(record)",
+                "state.history.append(record)\n            for one in state.history:\n                one.update(record)",
+            ),
         ],
         "errors of on_eval swallowed": [
-            ("                on_eval(record)\n",
-             "                try:\n                    on_eval(record)\n"
-             "                except BaseException:\n                    pass\n"),
+            (
+                "                on_eval(record)\n",
+                "                try:\n                    on_eval(record)\n"
+                "                except BaseException:\n                    pass\n",
+            ),
         ],
         "seconds from the start of this call": [(BEGAN, BEGAN.replace(" - state.seconds", ""))],
-        "the two texts swapped": [(EVALUATE, "evaluate(model, val_ids, train_ids, config)")],
+        "the two texts swapped": [(EVALUATE, "evaluate(model, val_ids, train_ids, config, routings)")],
         "the order of the batches begins anew when it goes on": [
             (STATE, STATE + "    state.order.manual_seed(config.seed)\n"),
         ],
@@ -230,11 +250,13 @@ def train(model, train_ids, val_ids, config=TrainConfig(), on_step=None, on_eval
             ("if state.stop or state.step >=", "if due and state.stop or state.step >="),
         ],
         "without the balance loss": [("output.loss.backward()", "output.lm_loss.backward()")],
-        "only the last loss looked at": [(FINITE, "            require_finite(losses[-1:], state.step, config)\n            losses = []\n")],
+        "only the last loss looked at": [
+            (FINITE, "            require_finite(losses[-1:], state.step, config)\n            losses = []\n")
+        ],
         "speed with the evaluations": [(LAP, "            lap_step = state.step\n")],
     },
     "accumulate_gradients": {
-        "right: autograd.grad, added up": '''
+        "right: autograd.grad, added up": """
 def accumulate_gradients(model, x, y, pieces):
     weights = list(model.parameters())
     total = [torch.zeros_like(w) for w in weights]
@@ -244,8 +266,8 @@ def accumulate_gradients(model, x, y, pieces):
             sum_so_far += share * gradient
     for weight, gradient in zip(weights, total):
         weight.grad = gradient
-''',
-        "right: gradients of sums, divided at the end": '''
+""",
+        "right: gradients of sums, divided at the end": """
 def accumulate_gradients(model, x, y, pieces):
     for p in model.parameters():
         p.grad = None
@@ -255,7 +277,7 @@ def accumulate_gradients(model, x, y, pieces):
         (model(x[part], y[part]).lm_loss * y[part].numel()).backward()
     for p in model.parameters():
         p.grad /= y.numel()
-''',
+""",
         "in evaluation mode": [("    model.zero_grad()\n", "    model.zero_grad()\n    model.eval()\n")],
         "every piece counted alike": [("len(part_x) / len(x)", "1 / len(x.chunk(pieces))")],
         "the sum of the means": [("(loss * len(part_x) / len(x))", "loss")],
@@ -266,16 +288,19 @@ def accumulate_gradients(model, x, y, pieces):
         "with the balance loss": [(".lm_loss", ".loss")],
         "the whole batch at once": [(PIECES, "[(x, y)]")],
         "pieces as equal as possible": [(PIECES, "zip(x.tensor_split(pieces), y.tensor_split(pieces))")],
-        "all pieces forward, then all back": '''
+        "all pieces forward, then all back": """
 def accumulate_gradients(model, x, y, pieces):
     model.zero_grad()
     losses = [model(a, b).lm_loss * len(a) / len(x) for a, b in zip(x.chunk(pieces), y.chunk(pieces))]
     for loss in losses:
         loss.backward()
-''',
+""",
         "a step for every piece": [
-            ("/ len(x)).backward()", "/ len(x)).backward()\n        with torch.no_grad():\n"
-             "            for p in model.parameters():\n                p -= 0.1 * p.grad"),
+            (
+                "/ len(x)).backward()",
+                "/ len(x)).backward()\n        with torch.no_grad():\n"
+                "            for p in model.parameters():\n                p -= 0.1 * p.grad",
+            ),
         ],
     },
 }
