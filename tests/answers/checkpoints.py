@@ -121,7 +121,8 @@ def keep_best(save, best=math.inf):
         "never the first": [
             (
                 LOWER,
-                '        if best == math.inf:\n            best = record["val_loss"]\n        elif record["val_loss"] < best:\n            save()\n            best = record["val_loss"]\n',
+                '        if best == math.inf:\n            best = record["val_loss"]\n'
+                '        elif record["val_loss"] < best:\n            save()\n            best = record["val_loss"]\n',
             )
         ],
         "counts before it has saved": [
@@ -136,7 +137,8 @@ def keep_best(save, best=math.inf):
         "nan counts as low": [
             (
                 LOWER,
-                '        if not record["val_loss"] >= best:\n            save()\n            best = record["val_loss"]\n',
+                '        if not record["val_loss"] >= best:\n            save()\n'
+                '            best = record["val_loss"]\n',
             )
         ],
         "one memory for all": """

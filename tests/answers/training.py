@@ -228,7 +228,8 @@ def train(model, train_ids, val_ids, config=TrainConfig(), on_step=None, on_eval
         "one record for all": [
             (
                 "state.history.append(record)",
-                "state.history.append(record)\n            for one in state.history:\n                one.update(record)",
+                "state.history.append(record)\n"
+                "            for one in state.history:\n                one.update(record)",
             ),
         ],
         "errors of on_eval swallowed": [
