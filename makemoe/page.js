@@ -210,7 +210,7 @@ function open(place, pin) {
       bar.append(part);
     });
     const numbers = gates.slice(0, 3).map((gate) => gate.toFixed(2)).join(" + ") || "none";
-    return make("div", { className: "line" }, make("span", { textContent: `layer ${layer + 1}` }), bar,
+    return make("div", { className: "line" }, make("span", { textContent: `layer ${layer}` }), bar,
       make("span", { textContent: numbers }));
   }) : [];
   const found = rows.length ? `The experts that ${side} it, and their weights:` : `The model has not ${side} it in this run.`;
@@ -233,7 +233,7 @@ function open(place, pin) {
   if (pin) span.scrollIntoView({ block: "nearest" });
   dock();
   frame(place);
-  const spoken = rows.map((_, layer) => `Layer ${layer + 1}: ${choice(place, layer)[0].join(" and ")}.`);
+  const spoken = rows.map((_, layer) => `Layer ${layer}: ${choice(place, layer)[0].join(" and ")}.`);
   if (pin) $("say").textContent = `${title}. ${found} ${spoken.join(" ")}`;
 }
 
@@ -306,8 +306,8 @@ const cells = off.map((row, layer) => row.map((_, e) => {
   return cell;
 }));
 cells.forEach((row, layer) => {
-  const whole = make("button", { type: "button", textContent: `layer ${layer + 1}` });
-  whole.setAttribute("aria-label", `silence all experts of layer ${layer + 1}, or switch all on`);
+  const whole = make("button", { type: "button", textContent: `layer ${layer}` });
+  whole.setAttribute("aria-label", `silence all experts of layer ${layer}, or switch all on`);
   whole.onclick = () => {
     off[layer].fill(!off[layer].every(Boolean));
     changed();
@@ -326,7 +326,7 @@ function point(where) {
     if (main(place, where.layer) === where.e) counts.set(one.token, (counts.get(one.token) || 0) + 1);
   });
   const most = [...counts].sort((a, b) => b[1] - a[1]).slice(0, 8).map(([token]) => `“${named(token)}”`).join(" ");
-  $("board-help").textContent = `Layer ${where.layer + 1}, expert ${where.e}: ` +
+  $("board-help").textContent = `Layer ${where.layer}, expert ${where.e}: ` +
     (most ? `first choice for ${most}.` : "first choice for no character of this text.");
 }
 
@@ -344,7 +344,7 @@ function share() {
       cell.style.setProperty("--h", `${(90 * work[layer][e]) / top}%`);
       cell.setAttribute("aria-pressed", silent);
       const state = silent ? "silenced" : `${part} percent of the choices`;
-      cell.setAttribute("aria-label", `layer ${layer + 1}, expert ${e}: ${state}`);
+      cell.setAttribute("aria-label", `layer ${layer}, expert ${e}: ${state}`);
     });
   });
   if (!pointed) {
@@ -422,7 +422,7 @@ for (const id of ["layer", "side", "numbers"]) {
   };
 }
 
-off.forEach((_, layer) => $("layer").append(make("option", { value: layer, textContent: `layer ${layer + 1}` })));
+off.forEach((_, layer) => $("layer").append(make("option", { value: layer, textContent: `layer ${layer}` })));
 $("layer").value = L - 1;
 for (const k of [0, 20, 10, 5, 3, 2, 1]) {
   const name = k === 0 ? `all ${characters.length} characters` : k === 1 ? "the likeliest" : `the ${k} likeliest`;

@@ -72,7 +72,7 @@ def quantize(weight):
     """int8 numbers of the shape of `weight` (..., n), and a scale (..., 1) for each row in the weight's type.
 
     weight is about numbers * scale: rounded to the nearest, and the largest magnitude of a row is 127.
-    A row of zeros gives zeros. The weight stays as it is.
+    A row of zeros gives zeros, and scales are above 0. The weight stays as it is.
     """
     scale = weight.abs().amax(dim=-1, keepdim=True) / 127
     scale = scale.clamp(min=torch.finfo(weight.dtype).tiny)  # a row of zeros

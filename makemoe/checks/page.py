@@ -57,7 +57,7 @@ def check_quantize(quantize):
         numbers, scale = quantize(weight)
     same(numbers.dtype, torch.int8, "the type of the numbers")
     same(tuple(numbers.shape), (5, 16), "the shape of the numbers")
-    same(numbers.int().abs().amax(dim=-1), torch.full((5,), 127, dtype=torch.int32), "the largest magnitude of each row")
+    same(numbers.int().abs().amax(dim=-1).tolist(), 5 * [127], "the largest magnitude of each row")
     yield "there is a scale for each row, in the weight's type"
     close(scale, weight.abs().amax(dim=-1, keepdim=True) / 127, "scale", atol=0)
     yield "numbers times scale is the weight, rounded to the nearest step"
@@ -73,7 +73,7 @@ def check_quantize(quantize):
     holed[1] = 0
     zeros, its_scale = quantize(holed)
     same(zeros[1], torch.zeros(16, dtype=torch.int8), "numbers of the row of zeros")
-    assert its_scale.isfinite().all(), f"the scales are {its_scale.flatten().tolist()}"
+    assert (its_scale > 0).all(), f"scales must be above 0, but are {its_scale.flatten().tolist()}"
     same(zeros[[0, 2, 3, 4]], numbers[[0, 2, 3, 4]], "numbers of the other rows")
     yield "any shape may stand in front"
     stacked, scales = quantize(weight.view(5, 4, 4))

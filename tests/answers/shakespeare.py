@@ -56,7 +56,8 @@ def write(model, tokenizer, prompt, num_tokens, **settings):
         "all random numbers seeded": [
             (
                 LOOP,
-                '    import torch\n    if "seed" in settings:\n        torch.manual_seed(settings.pop("seed"))\n    for token',
+                '    import torch\n    if "seed" in settings:\n'
+                '        torch.manual_seed(settings.pop("seed"))\n    for token',
             )
         ],
         "a new line after the prompt": [("encode(prompt)", 'encode(prompt + "\\n")')],
@@ -143,7 +144,8 @@ def held_out_loss(model, ids, most=8192, progress=iter):
     step = 1
     while len(pieces[::step]) * 256 > max(most, 256):
         step += 1
-    done = [(estimate_loss(model, ids[first * T : last * T + 1])[0], last - first) for first, last in progress(pieces[::step])]
+    done = [(estimate_loss(model, ids[first * T : last * T + 1])[0], last - first)
+            for first, last in progress(pieces[::step])]
     number = sum(size for _, size in done)
     return sum(loss * size for loss, size in done) / number, number
 """,
