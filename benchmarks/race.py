@@ -78,6 +78,7 @@ def train_plain(model, train_ids, val_ids, config, on_eval):
 
 # what all races share
 
+
 def open_results(path, settings, device, short=False):
     "The results so far; in a short race always new ones. Raises ValueError if they were made with other settings."
     results = not short and load(path) or dict(machine=machine(device), settings=settings, runs=[])
@@ -110,8 +111,14 @@ def kept(history):
 QUICK = TrainConfig.laptop(steps=360, lr=1e-2, warmup=40, eval_every=20)  # for Muon
 
 
-def article(out: Path = Path("runs/bench"), device: str = "cpu", short: bool = False, seeds: tuple[int, ...] = SEEDS,
-            model: MoEConfig = MoEConfig.laptop(num_experts=4), recipe: TrainConfig = QUICK):
+def article(
+    out: Path = Path("runs/bench"),
+    device: str = "cpu",
+    short: bool = False,
+    seeds: tuple[int, ...] = SEEDS,
+    model: MoEConfig = MoEConfig.laptop(num_experts=4),
+    recipe: TrainConfig = QUICK,
+):
     """Time to the article's last validation loss, 1.7508, on tiny Shakespeare.
 
     Args:
@@ -130,7 +137,12 @@ def article(out: Path = Path("runs/bench"), device: str = "cpu", short: bool = F
     held_out = len(val_ids) if not short else 8192  # characters of an evaluation
     blog = replace(blog, eval_blocks=held_out // MoEConfig.blog().block_size)
     recipe = replace(recipe, eval_blocks=held_out // model.block_size)
-    settings = dict(target=target, model=asdict(model), recipe=asdict(recipe) | dict(optimizer="muon"), article=asdict(blog) | dict(clip=None))
+    settings = dict(
+        target=target,
+        model=asdict(model),
+        recipe=asdict(recipe) | dict(optimizer="muon"),
+        article=asdict(blog) | dict(clip=None),
+    )
     path = out / f"article{'-short' * short}-{device}.json"
     results = open_results(path, settings, device, short)
 
@@ -141,8 +153,10 @@ def article(out: Path = Path("runs/bench"), device: str = "cpu", short: bool = F
     if "step" not in results:
         plain = build("plain", blog.seed)
         optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-5)
-        contenders = {"ours": TrainingStep(build("ours", recipe.seed), train_ids, recipe, device, "muon"),
-                      "plain": lambda: plain_step(plain.train(), optimizer, train_ids, blog.batch_size)}
+        contenders = {
+            "ours": TrainingStep(build("ours", recipe.seed), train_ids, recipe, device, "muon"),
+            "plain": lambda: plain_step(plain.train(), optimizer, train_ids, blog.batch_size),
+        }
         results["step"] = compare(alternate(contenders, 10 if short else 30, device=device), "ours")
         save(path, results)
     done = {(run["name"], run["seed"]) for run in results["runs"]}
@@ -159,16 +173,25 @@ def article(out: Path = Path("runs/bench"), device: str = "cpu", short: bool = F
         else:
             history = train_plain(contender, train_ids, val_ids, blog, on_eval=say("plain"))
         reached = next((record["step"] for record in history if record["val_loss"] <= target), None)
-        results["runs"].append(dict(name=name, seed=seed, reached=reached, final=history[-1]["val_loss"],
-                                    history=kept(history)))
+        results["runs"].append(
+            dict(name=name, seed=seed, reached=reached, final=history[-1]["val_loss"], history=kept(history))
+        )
         save(path, results)
 
 
 # twins: mixture or dense
 
-def twins(out: Path = Path("runs/bench"), device: str = "cpu", short: bool = False, seeds: tuple[int, ...] = SIX_SEEDS,
-          text: str = "shakespeare", model: MoEConfig = MoEConfig.laptop(),
-          recipe: TrainConfig = TrainConfig.laptop(eval_blocks=512), rates: tuple[float, ...] = (1.5e-3, 3e-3, 6e-3)):
+
+def twins(
+    out: Path = Path("runs/bench"),
+    device: str = "cpu",
+    short: bool = False,
+    seeds: tuple[int, ...] = SIX_SEEDS,
+    text: str = "shakespeare",
+    model: MoEConfig = MoEConfig.laptop(),
+    recipe: TrainConfig = TrainConfig.laptop(eval_blocks=512),
+    rates: tuple[float, ...] = (1.5e-3, 3e-3, 6e-3),
+):
     """A mixture against itself with capacity and against dense twins, at equal steps and at equal seconds.
 
     First the mixture and its twin of equal active size are trained once at each learning rate. Then all are trained at
@@ -209,8 +232,10 @@ def twins(out: Path = Path("runs/bench"), device: str = "cpu", short: bool = Fal
             del alone
         steps = {name: TrainingStep(build(name, recipe.seed), train_ids, recipe, device) for name in names}
         found = compare(alternate(steps, 10 if short else 30, device=device), MIXTURE)
-        results["step"] = {name: dict(parameters=sizes[name][0], active=sizes[name][1], memory=memory[name],
-                                      **found[name]) for name in names}
+        results["step"] = {
+            name: dict(parameters=sizes[name][0], active=sizes[name][1], memory=memory[name], **found[name])
+            for name in names
+        }
         save(path, results)
 
     fitting = {name: round(recipe.steps / results["step"][name]["ratio"][1]) for name in names}  # in the same time
@@ -231,15 +256,30 @@ def twins(out: Path = Path("runs/bench"), device: str = "cpu", short: bool = Fal
         history = train(contender, train_ids, val_ids, config, on_eval=tell)
         seconds = time.perf_counter() - start  # evaluations included
         final = history[-1]["val_loss"] if short else estimate_loss(contender, val_ids)[0]
-        results["runs"].append(dict(name=name, seed=seed, equal=equal, steps=steps, lr=rate, final=final,
-                                    seconds=seconds, history=kept(history)))
+        results["runs"].append(
+            dict(
+                name=name,
+                seed=seed,
+                equal=equal,
+                steps=steps,
+                lr=rate,
+                final=final,
+                seconds=seconds,
+                history=kept(history),
+            )
+        )
         save(path, results)
 
 
 # gpu: the large preset
 
-def gpu(out: Path = Path("runs/bench"), device: str = "cuda", model: MoEConfig = MoEConfig.gpu(),
-        recipe: TrainConfig = TrainConfig.gpu()):
+
+def gpu(
+    out: Path = Path("runs/bench"),
+    device: str = "cuda",
+    model: MoEConfig = MoEConfig.gpu(),
+    recipe: TrainConfig = TrainConfig.gpu(),
+):
     """The gpu preset on tiny Shakespeare, against the loss that nanoGPT reports for its model of that size.
 
     Args:
@@ -261,8 +301,16 @@ def gpu(out: Path = Path("runs/bench"), device: str = "cuda", model: MoEConfig =
     history = train(contender, train_ids, val_ids, recipe, on_eval=say("gpu preset"))
     reached = next((record for record in history if record["val_loss"] < NANOGPT_LOSS), None)
     best = min(history, key=lambda record: record["val_loss"])
-    results["runs"].append(dict(parameters=total, active=active, reached=reached and kept([reached])[0],
-                                best=kept([best])[0], seconds=history[-1]["seconds"], history=kept(history)))
+    results["runs"].append(
+        dict(
+            parameters=total,
+            active=active,
+            reached=reached and kept([reached])[0],
+            best=kept([best])[0],
+            seconds=history[-1]["seconds"],
+            history=kept(history),
+        )
+    )
     save(path, results)
 
 

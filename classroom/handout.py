@@ -137,6 +137,8 @@ def copy_package(out, modules, checks):
         "checks/__init__.py",
         *(f"checks/{name}.py" for name in checks),
     ]
+    if "page" in checks:
+        names += ["page.html", "page.js", "engine.js"]
     for name in names:
         shutil.copy(ROOT / "makemoe" / name, out / "makemoe" / name)
     for name in "data", "benchmarks/results":

@@ -12,6 +12,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from .gating import top_k_gating
+
 # %% ../notebooks/07_capacity.ipynb #places
 def places(values, dim):
     "The place of each value when `values` are sorted along `dim`: 0 for the smallest; equals keep their order."
@@ -19,11 +21,9 @@ def places(values, dim):
 
 # %% ../notebooks/07_capacity.ipynb #expert-capacity
 def expert_capacity(tokens, num_experts, top_k, capacity_factor, minimum=4):
-    """Slots of one expert for a sequence of `tokens` tokens: its equal share of the `top_k * tokens` choices,
-    times `capacity_factor`, rounded up. It is never below `minimum`, and the share is limited to 2**53.
-
-    Factor 1 is enough if all experts are chosen equally often; `num_experts / top_k` is always enough.
-    Fedus et al. 2021, eq. 3, with k. Raises ValueError for a factor or a minimum that leaves no slots.
+    """Slots of one expert for a sequence of `tokens` tokens: its equal share of the `top_k * tokens` choices, limited
+    to 2**53, times `capacity_factor`, rounded up, and never below `minimum`. Fedus et al. 2021, eq. 3, with k.
+    Factor `num_experts / top_k` is always enough. Raises ValueError for settings out of range.
     """
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"top_k is {top_k}, but must lie between 1 and num_experts = {num_experts}")
@@ -39,16 +39,13 @@ PRIORITIES = "position", "choice", "probability"
 
 
 def limit_to_capacity(routing, capacity, priority="position"):
-    """Keep at most `capacity` tokens of each sequence at each expert: fields (..., T, E).
+    """Keep at most `capacity` of the `kept` tokens of each sequence at each expert: a `Routing`, fields (..., T, E).
+    All others get gate 0 and are not `kept`; the rest of the routing stays as it is, and gradients pass.
 
-    The choices that are `kept` so far compete for the slots, in the order that `priority` names.
-    'position': the earlier token first, which is causal. 'choice': first choices, those with the largest
-    gates, before second ones, then the earlier token (Lepikhin et al. 2020). 'probability': first choices
-    before second ones, then the token with the largest probability, then the earlier one (Riquelme et al.
-    2021). With 'choice' and 'probability', a later token can take the slot of an earlier one.
-    Returns a `Routing` in which all other choices are dropped: not `kept`, gate 0. The gates that remain
-    are not scaled up, `chosen` and `logits` stay, and gradients pass.
-    Raises ValueError for an unknown priority or a capacity that is not a whole number of slots.
+    'position' serves the earlier token first, which is causal. 'choice' serves first choices (those with the largest
+    gates) before second ones, and then the earlier token (Lepikhin et al. 2020). 'probability' serves first choices,
+    and then the token with the largest probability, and then the earlier one (Riquelme et al. 2021). Raises
+    ValueError for an unknown priority, a capacity that is not a whole number, or fields without T.
     """
     if priority not in PRIORITIES:
         raise ValueError(f"priority is {priority!r}, but must be one of {', '.join(PRIORITIES)}")
@@ -57,10 +54,9 @@ def limit_to_capacity(routing, capacity, priority="position"):
     if routing.kept.dim() < 2:
         raise ValueError(f"sequences need fields (..., T, E), but they are {tuple(routing.kept.shape)}")
     wanted, (T, E) = routing.kept, routing.kept.shape[-2:]
-    turn = torch.arange(T, device=wanted.device).expand(wanted.shape[:-1])  # (..., T)
+    turn = torch.arange(T, device=wanted.device)[:, None].expand_as(wanted)  # (..., T, E)
     if priority == "probability":
-        turn = places(-routing.probs.amax(dim=-1), dim=-1)
-    turn = turn[..., None].expand_as(wanted)  # (..., T, E)
+        turn = places(-routing.probs.amax(dim=-1, keepdim=True), dim=-2)  # (..., T, 1)
     if priority != "position":
         gates = routing.gates.masked_fill(~wanted, -math.inf)  # a choice can have a gate of 0
         turn = places(-gates, dim=-1) * T + turn
@@ -70,20 +66,16 @@ def limit_to_capacity(routing, capacity, priority="position"):
 
 # %% ../notebooks/07_capacity.ipynb #capacity-router
 class CapacityRouter(nn.Module):
-    """Any `router` with a `top_k`, and a limited number of slots for each expert: x (..., T, C) -> `Routing`.
-
-    `expert_capacity` gives the slots, for each sequence of T tokens by itself, with `capacity_factor` in
-    training and `eval_capacity_factor` in evaluation; `limit_to_capacity` says what `priority` means.
-    The router is called once.
+    """Any `router` with a `top_k`, called once, then `limit_to_capacity` with `priority`: x (..., T, C) -> `Routing`.
+    `expert_capacity` gives the slots for T tokens, with `capacity_factor` in training and `eval_capacity_factor` in
+    evaluation. Raises ValueError for settings that these functions refuse.
     """
 
-    def __init__(self, router, capacity_factor=1.25, eval_capacity_factor=2.0, priority="position",
-                 minimum=4):
+    def __init__(self, router, capacity_factor=1.25, eval_capacity_factor=2.0, priority="position", minimum=4):
         super().__init__()
-        if priority not in PRIORITIES:
-            raise ValueError(f"priority is {priority!r}, but must be one of {', '.join(PRIORITIES)}")
-        for factor in capacity_factor, eval_capacity_factor:
-            expert_capacity(1, router.top_k, router.top_k, factor, minimum)  # raises on broken settings
+        for factor in capacity_factor, eval_capacity_factor:  # we try them on one token: broken settings raise here
+            slots = expert_capacity(1, router.top_k, router.top_k, factor, minimum)
+            limit_to_capacity(top_k_gating(torch.zeros(1, 1), 1), slots, priority)
         self.router, self.top_k, self.priority, self.minimum = router, router.top_k, priority, minimum
         self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
 

@@ -8,17 +8,23 @@
 // nn.Linear of one vector x: W x + bias. The matrix has `rows` rows and begins at `from`.
 function linear(W, x, rows, bias, from = 0) {
   const columns = x.length, y = new Float32Array(rows);
-  for (let r = 0, w = from; r < rows; r++, w += columns) {
-    let a = 0, b = 0, c = 0, d = 0, i = 0; // four sums at once: a processor can then overlap them
-    for (; i + 3 < columns; i += 4) {
+  let r = 0, w = from;
+  for (; r + 3 < rows; r += 4, w += 4 * columns) { // four rows at once: a processor can overlap their sums
+    let a = 0, b = 0, c = 0, d = 0;
+    for (let i = 0; i < columns; i++) {
       a += W[w + i] * x[i];
-      b += W[w + i + 1] * x[i + 1];
-      c += W[w + i + 2] * x[i + 2];
-      d += W[w + i + 3] * x[i + 3];
+      b += W[w + columns + i] * x[i];
+      c += W[w + 2 * columns + i] * x[i];
+      d += W[w + 3 * columns + i] * x[i];
     }
-    for (; i < columns; i++) a += W[w + i] * x[i];
-    y[r] = a + b + c + d + (bias ? bias[r] : 0);
+    [y[r], y[r + 1], y[r + 2], y[r + 3]] = [a, b, c, d];
   }
+  for (; r < rows; r++, w += columns) {
+    let a = 0;
+    for (let i = 0; i < columns; i++) a += W[w + i] * x[i];
+    y[r] = a;
+  }
+  if (bias) add(y, bias);
   return y;
 }
 

@@ -10,14 +10,10 @@ import torch
 
 # %% ../notebooks/12_generation.ipynb #next-token-probs
 def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None):
-    """Probabilities of the next token, (..., V) in float32, from its logits (..., V).
-
-    `temperature` divides the logits; 0 takes the likeliest token, the first one if several are equal.
-    `top_k` keeps the k likeliest (all if V is smaller), `top_p` the fewest whose probabilities sum to at
-    least `top_p` (Holtzman et al. 2020, eq. 2-3). With both, a token must pass both. The rest gets exactly 0.
-
-    Raises ValueError for a setting out of range, and for logits that are nan or inf. A logit of -inf is
-    allowed and has the probability 0.
+    """Probabilities of the next token, (..., V) in float32, from its logits (..., V), divided by `temperature`.
+    Temperature 0 takes the likeliest token, the first of equals. `top_k` keeps the k likeliest, `top_p` the fewest
+    that sum to at least p (Holtzman et al. 2020, eq. 2-3); a token must pass both, and all others get exactly 0.
+    Raises ValueError for a setting out of range, and for logits that are nan or inf; -inf is allowed.
     """
     if not temperature >= 0:
         raise ValueError(f"temperature is {temperature}, but must be 0 or more")
@@ -32,9 +28,8 @@ def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None):
         raise ValueError("the logits are not finite (nan or inf), and so are probably the model's weights")
     temperature = min(max(temperature, 1e-37), 1e37)  # what float32 can divide by
     probs = ((ranked - ranked[..., :1]) / temperature).softmax(dim=-1)
-    keep = torch.ones_like(probs, dtype=torch.bool)
-    if top_k is not None:
-        keep[..., top_k:] = False
+    keep = torch.zeros_like(probs, dtype=torch.bool)
+    keep[..., :top_k] = True  # all, if top_k is None
     if top_p is not None and top_p < 1:
         keep &= probs.cumsum(dim=-1) - probs < top_p  # the places before have not reached it yet
     kept = probs * keep
@@ -53,35 +48,27 @@ class KVCache:
     def append(self, keys, values):
         "Add keys and values of new tokens; keep all so far as `keys` and `values`, and return them."
         if self.keys is not None:
-            keys = torch.cat([self.keys, keys], dim=-2)
-            values = torch.cat([self.values, values], dim=-2)
+            keys, values = torch.cat([self.keys, keys], dim=-2), torch.cat([self.values, values], dim=-2)
         self.keys, self.values = keys, values
         return keys, values
 
 # %% ../notebooks/12_generation.ipynb #stream-function
 @torch.no_grad()
 def stream(model, ids, num_tokens, temperature=1.0, top_k=None, top_p=None, seed=None):
-    """Continue ids (B, T): yield `num_tokens` pairs (new tokens (B,), routings that led to them).
+    """Continue ids (B, T): yield `num_tokens` pairs (new tokens (B,), routings of the T' tokens just read, one for
+    each layer, with fields (B, T', E)). `temperature`, `top_k` and `top_p` are those of `next_token_probs`.
 
-    The routings, one for each layer, are those of the T' tokens just read, with fields (B, T', E); the last
-    token made the prediction. Each block has a `KVCache` for what was read. When the context is full, its
-    newer half is read again into empty caches: from then on, a token sees at least half a context.
-
-    The model is in evaluation mode until the stream ends or is closed, and then as before. One call of
-    `torch.multinomial` draws the tokens of a step. With a `seed`, the stream has a generator of its own: the
-    tokens are the same each time, and other random numbers are not affected. `temperature`, `top_k` and
-    `top_p` are those of `next_token_probs`. Raises ValueError, when the first token is asked for, if there
-    is no prompt, a setting is out of range, or the logits are not finite.
+    Each block has a `KVCache`; when the context is full, its newer half is read again into empty ones. The model is
+    in evaluation mode until the stream ends or is closed, and then as before. One `torch.multinomial` draws each step,
+    with a generator of its own if there is a `seed`. Raises ValueError, when the first token is asked for, without a
+    prompt and for settings or logits that `next_token_probs` refuses.
     """
-    if ids.dim() != 2:
-        raise ValueError(f"ids are {tuple(ids.shape)}, but must be (B, T): for one text, give ids[None]")
-    if ids.shape[1] < 1:
-        raise ValueError("the prompt is empty: give at least one character, for example a new line")
+    if ids.dim() != 2 or ids.shape[1] < 1:
+        raise ValueError(f"the prompt is {tuple(ids.shape)}, but must be (B, T), T at least 1: one text is ids[None]")
     if num_tokens < 0:
         raise ValueError(f"num_tokens is {num_tokens}, but must be 0 or more")
-    size = model.config.block_size
+    size, was_training = model.config.block_size, model.training
     generator = None if seed is None else torch.Generator(ids.device).manual_seed(seed)
-    was_training = model.training
     model.eval()
     try:
         window = unread = ids[:, -size:]

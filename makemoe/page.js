@@ -18,8 +18,8 @@ const LONGEST = 2000; // characters of a prompt; of a longer one the end is take
 const SHOWN = { "\n": "new line", " ": "space", "\t": "tab" };
 const named = (token) => SHOWN[characters[token]] || characters[token];
 const percent = (share) => `${share >= 0.095 ? Math.round(100 * share) : (100 * share).toFixed(1)} %`;
-const further = (e) => `hsl(${(e * 137.5) % 360} 60% calc(var(--light) + ${((e % 3) - 1) * 8}%))`;
-const colour = (e) => (E <= 8 ? `var(--e${e})` : further(e));
+const hue = (e) => `hsl(${(e * 137.5) % 360} 60% calc(var(--light) + ${((e % 3) - 1) * 8}%))`;
+const colour = (e) => (E <= 8 ? `var(--e${e})` : hue(e));
 
 let start = []; // tokens that were given: typed, or chosen by hand
 let text = []; // [{token, span, given, read, next}]: read holds [experts, gates] of each layer, next [[token, chance]]
@@ -84,7 +84,8 @@ function typed() {
 // Write on from `start`. What was read of the given tokens is kept where it still holds.
 function write(kept = []) {
   const tokens = text.map((one) => one.token);
-  if (!tokens.every((token, i) => token === before[i])) before = tokens; // else before goes on where this run was ended
+  const further = tokens.some((token, i) => token !== before[i]), written = text.filter((one) => !one.given).length;
+  if (further && written >= 50) before = tokens; // a run that was ended at once is no measure
   comparable = before.length > start.length && start.every((token, i) => token === before[i]);
   differs = null;
   close();
@@ -151,7 +152,8 @@ function compare(first) {
       differs = i;
       text[i].span.classList.add("differs");
       const now = named(text[i].token), then = named(before[i]);
-      $("note").textContent = `The same for ${i - start.length} characters, then “${now}” where “${then}” stood (blue mark).`;
+      const equal = `${i - start.length} character${i === start.length + 1 ? "" : "s"}`;
+      $("note").textContent = `The same for ${equal}, then “${now}” where “${then}” stood (blue mark).`;
       return;
     }
   }

@@ -19,7 +19,9 @@ from makemoe.model import MoEConfig, SparseMoELanguageModel, count_parameters
 from makemoe.training import TrainConfig, estimate_loss
 
 SMALL = MoEConfig(vocab_size=20, block_size=8, n_embd=16, n_head=2, n_layer=2, num_experts=4, top_k=2, n_hidden=24)
-BLOG = MoEConfig.blog(vocab_size=20, block_size=8, n_embd=16, n_head=2, n_layer=2, num_experts=4, n_hidden=24, dropout=0.0)
+BLOG = MoEConfig.blog(
+    vocab_size=20, block_size=8, n_embd=16, n_head=2, n_layer=2, num_experts=4, n_hidden=24, dropout=0.0
+)
 
 
 @pytest.fixture
@@ -30,11 +32,22 @@ def ids():
 def ours_from_plain(plain, config):
     "Our model with the weights of a `PlainModel`, whose scale of attention goes into the queries."
     state, slip = {}, (1 / config.n_head) ** 0.5  # (D / C) ** 0.5
-    for name in "token_embedding.weight", "position_embedding.weight", "norm.weight", "norm.bias", "lm_head.weight", "lm_head.bias":
+    for name in (
+        "token_embedding.weight",
+        "position_embedding.weight",
+        "norm.weight",
+        "norm.bias",
+        "lm_head.weight",
+        "lm_head.bias",
+    ):
         state[name] = plain.state_dict()[name]
     for i, block in enumerate(plain.blocks):
         heads, moe, at = block.attention.heads, block.moe, f"blocks.{i}."
-        parts = [[head.query.weight * slip for head in heads], [head.key.weight for head in heads], [head.value.weight for head in heads]]
+        parts = [
+            [head.query.weight * slip for head in heads],
+            [head.key.weight for head in heads],
+            [head.value.weight for head in heads],
+        ]
         state[at + "attention.qkv.weight"] = torch.cat([weight for part in parts for weight in part])
         for kind in "weight", "bias":
             state |= {f"{at}{norm}.{kind}": getattr(block, norm).state_dict()[kind] for norm in ("norm1", "norm2")}
@@ -86,13 +99,20 @@ def test_both_are_judged_by_the_same_measure(ids):
 
 
 OURS = ["ours", "ours, as few seats as st-moe-pytorch"]
-PEERS = ["Mixtral, eager", "Mixtral, batched_mm", "Mixtral, grouped_mm", "st-moe-pytorch, as many seats as ours",
-         "st-moe-pytorch, its defaults"]
+PEERS = [
+    "Mixtral, eager",
+    "Mixtral, batched_mm",
+    "Mixtral, grouped_mm",
+    "st-moe-pytorch, as many seats as ours",
+    "st-moe-pytorch, its defaults",
+]
 C, H, E, K = 16, 48, 4, 2
 
 
 def build(name):
-    pytest.importorskip("transformers" if "Mixtral" in name else "st_moe_pytorch", reason="the extra `bench` is not installed")
+    pytest.importorskip(
+        "transformers" if "Mixtral" in name else "st_moe_pytorch", reason="the extra `bench` is not installed"
+    )
     make, settings = speed.PEERS[name]
     return make(C, H, E, K, **settings)
 
@@ -129,11 +149,17 @@ def test_multiplications_are_as_many_as_are_counted(name):
 
 def test_choices_that_are_carried_out_are_counted():
     x = torch.randn(2, 32, C)
-    dropless, few = (speed.same_router(speed.PEERS[name][0](C, H, E, K, **speed.PEERS[name][1]), torch.zeros(E, C)) for name in OURS)
+    dropless, few = (
+        speed.same_router(speed.PEERS[name][0](C, H, E, K, **speed.PEERS[name][1]), torch.zeros(E, C)) for name in OURS
+    )
     assert speed.carried("ours", dropless, x, K) == 1
     assert speed.carried("ours", few, x, K) == pytest.approx(10 / 32)  # 0.625 * 32 * 2 / 4 seats, for the same two
-    layer = speed.same_router(build("st-moe-pytorch, as many seats as ours"), torch.zeros(E, C))  # everybody wants the same two
-    assert speed.carried("st-moe-pytorch", layer, x, K) == pytest.approx(16 / 32)  # each has seats for half of the tokens
+    layer = speed.same_router(
+        build("st-moe-pytorch, as many seats as ours"), torch.zeros(E, C)
+    )  # everybody wants the same two
+    assert speed.carried("st-moe-pytorch", layer, x, K) == pytest.approx(
+        16 / 32
+    )  # each has seats for half of the tokens
     layer.gate.capacity_factor_train = float(E)  # a seat for everybody everywhere
     assert speed.carried("st-moe-pytorch", layer, x, K) == 1
 
@@ -163,7 +189,7 @@ def test_contenders_take_turns_there_and_back():
     calls = []
     contenders = {name: lambda name=name: calls.append(name) for name in "abc"}
     seconds = timing.alternate(contenders, rounds=2, warmup=1)
-    assert "".join(calls) == "abc" "cba" "abc"
+    assert "".join(calls) == "abccbaabc"
     assert {name: len(each) for name, each in seconds.items()} == dict(a=2, b=2, c=2)
 
 
@@ -184,7 +210,9 @@ def test_peak_memory_is_weights_gradients_moments_and_more_with_every_sequence(i
     assert small > 4 * 4 * few
     assert wide - small == pytest.approx(4 * 4 * (many - few), rel=0.2)
     two, four = peak(16)[0], peak(32)[0]
-    assert four - two > 16 * SMALL.block_size * 4 * SMALL.n_embd * SMALL.n_layer  # more than one vector a token and layer
+    assert (
+        four - two > 16 * SMALL.block_size * 4 * SMALL.n_embd * SMALL.n_layer
+    )  # more than one vector a token and layer
     assert peak(16)[0] == two
 
 
@@ -202,7 +230,10 @@ def test_a_race_goes_on_where_it_stopped_and_has_what_a_lesson_needs(tmp_path, c
     assert longer["runs"][:9] == results["runs"] and longer["step"] == results["step"]
     found = {(run["name"], run["seed"], run["equal"], run["lr"]) for run in longer["runs"]}
     assert len(found) == len(longer["runs"]) and found == {
-        (name, seed, equal, 3e-3) for name in race.TWINS for seed in (1, 2, 3, 4) for equal in ("steps", "seconds")
+        (name, seed, equal, 3e-3)
+        for name in race.TWINS
+        for seed in (1, 2, 3, 4)
+        for equal in ("steps", "seconds")
         if (name, equal) != ("mixture", "seconds") and (seed < 4 or name in (race.MIXTURE, race.ACTIVE))
     } | {(name, 1, "steps", 0.1) for name in (race.MIXTURE, race.ACTIVE)}
     for run in longer["runs"]:
@@ -221,7 +252,11 @@ def test_the_race_against_the_article_and_the_report(tmp_path, monkeypatch, ids)
     monkeypatch.setattr(TrainConfig, "blog", lambda **changes: TrainConfig(**TINY | changes))
     race.article(tmp_path, seeds=(1, 2), model=SMALL, recipe=TrainConfig(**TINY))
     results = json.loads((tmp_path / "article-cpu.json").read_text(encoding="utf-8"))
-    assert [(run["name"], run["seed"], run["reached"]) for run in results["runs"]] == [("ours", 1, 0), ("ours", 2, 0), ("plain", 1337, None)]
+    assert [(run["name"], run["seed"], run["reached"]) for run in results["runs"]] == [
+        ("ours", 1, 0),
+        ("ours", 2, 0),
+        ("plain", 1337, None),
+    ]
     report.main(tmp_path)
     text = (tmp_path / "cpu.md").read_text(encoding="utf-8")
     assert "0.000 of its time" in text and "not every seed" not in text and "not reached" in text
@@ -258,12 +293,16 @@ def test_one_command_runs_it_all_and_leaves_out_what_is_not_there(monkeypatch, t
     calls = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     for module, name in (speed, "main"), (race, "article"), (race, "twins"), (race, "gpu"), (report, "main"):
+
         def note(out, device="", short=None, name=f"{module.__name__}.{name}"):
             calls.append((name.removeprefix("benchmarks."), device, short))
 
         monkeypatch.setattr(module, name, note)
     bench.main(tmp_path, full=True)
-    both = [[("speed.main", device, None), ("race.twins", device, False), ("race.article", device, False)] for device in ("cpu", "cuda")]
+    both = [
+        [("speed.main", device, None), ("race.twins", device, False), ("race.article", device, False)]
+        for device in ("cpu", "cuda")
+    ]
     assert calls == both[0] + (both[1] + [("race.gpu", "", None)]) * cuda + [("report.main", "", None)]
     assert ("no CUDA device" in capsys.readouterr().out) is not cuda
 

@@ -388,7 +388,7 @@ def test_the_colours_can_be_told_apart_and_read_on():
 
 
 def test_what_node_answered_is_stored_for_readers_without_it():
-    stored = json.loads((ROOT / "notebooks" / "17_page.json").read_text(encoding="utf-8"))
+    stored = json.loads((ROOT / "data" / "node.json").read_text(encoding="utf-8"))
     names, asked = {}, set()
     for cell in read_cells(ROOT / "notebooks" / "17_page.ipynb"):
         for part in ast.walk(ast.parse(cell["source"])) if cell["cell_type"] == "code" else []:
@@ -486,12 +486,8 @@ def page(lab, tmp_path_factory):
     "A page of the small model in float32, so that its numbers are PyTorch's."
     model, tokenizer, passage = lab
     path = tmp_path_factory.mktemp("page") / "page.html"
-    write_page(path, model, tokenizer, passage, weights="float32", moments=[("early", untrained(model))])
+    write_page(path, model, tokenizer, passage, weights="float32")
     return path
-
-
-def untrained(model):
-    return SparseMoELanguageModel(model.config).eval()
 
 
 def written_by_pytorch(model, tokenizer, prompt, seed, monkeypatch, count=600):
@@ -523,7 +519,7 @@ def test_a_reader_silences_an_expert_and_says_what_happened(reader, page, lab, m
     hook.remove()
     assert reader.text == silenced and reader.loss == pytest.approx(loss, abs=6e-4)
     same = next(i for i, (a, b) in enumerate(zip(plain, silenced)) if a != b)
-    assert f"The same for {same - 6} characters" in reader.note
+    assert f"The same for {same - 6} character" in reader.note
     assert reader.js("+document.querySelector('.differs').dataset.place") == same
     assert reader.js("cells[0][3].getAttribute('aria-pressed')") == "true"
     reader.click(".board-row > button", 1).wait()
@@ -535,12 +531,22 @@ def test_a_reader_silences_an_expert_and_says_what_happened(reader, page, lab, m
         reader.set("router", router).wait()
         losses[router] = reader.loss
     assert min(losses["random"], losses["hash"]) > losses["learned"] + 1
+    assert reader.errors() == []
+
+
+def test_the_training_is_played_back(reader, lab, tmp_path):
+    model, tokenizer, passage = lab
+    path, untrained = tmp_path / "page.html", SparseMoELanguageModel(model.config)
+    write_page(path, model, tokenizer, passage, moments=[("step 0", untrained)])
+    reader.open(path)
+    end = reader.loss
     reader.set("moment", 0).wait()
+    assert reader.js("$('moment-is').textContent") == "step 0"
     assert reader.loss == pytest.approx(math.log(64), abs=0.3)
     reader.js("$('play').click()")
     reader.wait()
     assert reader.js("$('moment-is').textContent") == "finished" and len(reader.text) == 6 + 150
-    assert reader.errors() == []
+    assert reader.loss == end and reader.errors() == []
 
 
 def test_a_character_can_be_looked_at_and_another_one_picked(reader, page, lab):

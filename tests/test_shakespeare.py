@@ -120,7 +120,7 @@ def test_training_leaves_all_results_and_says_where(here, complete):
         status, said, _ = here("generate", "--num-tokens", "60", "--seed", "3", "--prompt", "KING:", *where)
         assert status == 0 and said.startswith("KING:") and len(said) == len("KING:") + 60 + 1
     assert "'é'" in here("generate", "--prompt", "KING: é")[2]
-    assert "num_tokens is -1, but must be at least 0" in here("generate", "--num-tokens", "-1")[2]
+    assert "num_tokens is -1, but must be 0 or more" in here("generate", "--num-tokens", "-1")[2]
     os.makedirs("runs/exp/lr1")
     os.replace("runs/laptop/model.safetensors", "runs/exp/lr1/model.safetensors")
     assert here("generate", "--num-tokens", "1")[0] == 0, "the newest below runs may be in a folder in a folder"
@@ -145,6 +145,7 @@ def test_every_field_of_the_configs_is_an_option(here):
         (["--data", "nowhere.txt"], "no file nowhere.txt"),
         (["--block-size", "400"], "play.txt is too short: it has 4000 characters"),
         (["--prompt", "Zoë:"], "'Z', 'ë'"),
+        (["--seed", str(2**64)], "seed is 18446744073709551616, but must be below 2**64"),
         (["--device", "gpu"], "there is no device 'gpu' here, only cpu"),
         (["--device", "meta"], "there is no device 'meta' here, only cpu"),
         (["--device", "cuda:99"], "there is no device 'cuda:99' here, only cpu"),
@@ -270,6 +271,26 @@ def test_a_reader_that_has_had_enough_is_no_error():
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait(timeout=60) == 141
     process.stderr.close()
+
+
+def test_the_command_leaves_a_page_and_makes_one_of_a_checkpoint():
+    said, complained = started("train", "laptop", *TINY).communicate(timeout=120)
+    assert os.path.join("runs", "laptop", "page.html") in said and complained == ""
+    assert "<html" in Path("runs/laptop/page.html").read_text(encoding="utf-8")
+    for words in [], ["runs/laptop", "--weights", "float32", "--out", "other.html"]:
+        said, complained = started("page", *words).communicate(timeout=120)
+        assert re.fullmatch(r"(page|other).html: \d\.\d MB\n", said) and complained == ""
+    assert Path("other.html").stat().st_size > Path("page.html").stat().st_size
+
+
+def test_a_result_that_cannot_be_made_does_not_spoil_the_others(here, monkeypatch):
+    def cannot(path, model, tokenizer, text):
+        assert text == PLAY[-400:]
+        raise ValueError("this model is too new")
+
+    monkeypatch.setitem(shakespeare.MORE_RESULTS, "page.html", cannot)
+    status, said, _ = here("train", "laptop", *TINY)
+    assert status == 0 and "no page.html: this model is too new\n" in said and "sample.html: " in said
 
 
 # ---- MLflow

@@ -37,8 +37,14 @@ def test_twins_of_the_presets_differ_from_the_mixture_by_the_routers_and_the_bia
     noisy = config.router == "noisy"
     router = config.n_layer * (config.n_embd + 1) * config.num_experts * (1 + noisy)
     biases = config.n_layer * config.n_embd * config.bias  # of the way down: a dense layer has one, k experts have k
-    assert count_parameters(dense_twin(config, config.top_k * config.n_hidden))[0] == active - router - (config.top_k - 1) * biases
-    assert count_parameters(dense_twin(config, config.num_experts * config.n_hidden))[0] == total - router - (config.num_experts - 1) * biases
+    assert (
+        count_parameters(dense_twin(config, config.top_k * config.n_hidden))[0]
+        == active - router - (config.top_k - 1) * biases
+    )
+    assert (
+        count_parameters(dense_twin(config, config.num_experts * config.n_hidden))[0]
+        == total - router - (config.num_experts - 1) * biases
+    )
 
 
 def test_a_layer_treats_every_token_alike():

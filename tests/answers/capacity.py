@@ -18,7 +18,7 @@ def limit_to_capacity(routing, capacity, priority="position"):
         raise ValueError(f"capacity is {capacity}, but must be a whole number of slots, 0 or more")
 """
 
-TURN = "    turn = torch.arange(T, device=wanted.device).expand(wanted.shape[:-1])  # (..., T)\n"
+TURN = "    turn = torch.arange(T, device=wanted.device)[:, None].expand_as(wanted)  # (..., T, E)\n"
 KEPT = "kept = wanted & (place < min(capacity, T))"
 RETURN = "    return replace("
 CEIL = "max(math.ceil(round(slots, 6)), minimum)"
@@ -121,7 +121,7 @@ def expert_capacity(tokens, num_experts, top_k, capacity_factor, minimum=4):"""
         ],
         "by position whatever was asked for": [(KEPT, "kept = wanted & (wanted.cumsum(dim=-2) <= min(capacity, T))")],
         "probability takes the order of choice": [('if priority == "probability":', "if False:")],
-        "certainty read off the gates": [("routing.probs.amax(dim=-1)", "routing.gates.amax(dim=-1)")],
+        "certainty read off the gates": [("routing.probs.amax", "routing.gates.amax")],
         "certainty before first and second choice": [('if priority != "position":', 'if priority == "choice":')],
         "a gate of 0 taken for no choice": [("wanted, (T, E) = routing.kept,", "wanted, (T, E) = routing.gates > 0,")],
         "ranks by logits, although noise chose": [
@@ -139,7 +139,7 @@ def expert_capacity(tokens, num_experts, top_k, capacity_factor, minimum=4):"""
         "chosen shrinks with kept": [(", kept=kept)", ", chosen=kept, kept=kept)")],
         "logits without their gradient": [(", kept=kept)", ", kept=kept, logits=routing.logits.detach())")],
         "kept and chosen written to in place": [(RETURN, "    routing.kept.logical_and_(kept)\n    return replace(")],
-        "works with a batch only": [(".expand(wanted.shape[:-1])", ".expand(len(wanted), wanted.shape[1])")],
+        "works with a batch only": [(".expand_as(wanted)", ".expand(len(wanted), wanted.shape[1], E)")],
         "a capacity beyond 64 bits fails": [("min(capacity, T)", "capacity")],
     },
     "capacity_router": {

@@ -43,7 +43,8 @@ ANSWERS = {
         "right: a dictionary, unknown characters found in it, decode by map": [
             (
                 'self.characters = "".join(sorted(set(text)))',
-                'self.characters = "".join(sorted(set(text)))\n        self.ids = dict(zip(self.characters, range(10**6)))',
+                'self.characters = "".join(sorted(set(text)))\n'
+                "        self.ids = dict(zip(self.characters, range(10**6)))",
             ),
             (
                 "unknown = sorted(set(text) - set(self.characters))",
@@ -124,13 +125,15 @@ def get_batch(ids, batch_size, block_size, generator=None):
         "starts without repeats": [
             (
                 STARTS,
-                "torch.randperm(len(ids) - block_size, generator=generator)[torch.arange(batch_size) % (len(ids) - block_size), None]",
+                "torch.randperm(len(ids) - block_size, generator=generator)"
+                "[torch.arange(batch_size) % (len(ids) - block_size), None]",
             )
         ],
         "starts crowd in the middle": [
             (
                 STARTS,
-                "torch.randint(len(ids) - block_size, (batch_size, 2), generator=generator).float().mean(1, keepdim=True).long()",
+                "torch.randint(len(ids) - block_size, (batch_size, 2), generator=generator)"
+                ".float().mean(1, keepdim=True).long()",
             )
         ],
         "time before batch": [(BOTH, "return ids[positions].long().T, ids[positions + 1].long().T")],
@@ -241,7 +244,8 @@ def ngram_loss(train, valid, context, vocab_size):
         "contexts never seen are skipped": [
             (
                 "return -log_probs.flatten()[codes(valid)].mean()",
-                "known = (counts.sum(1) > vocab_size)[codes(valid) // vocab_size]\n    return -log_probs.flatten()[codes(valid)][known].mean()",
+                "known = (counts.sum(1) > vocab_size)[codes(valid) // vocab_size]\n"
+                "    return -log_probs.flatten()[codes(valid)][known].mean()",
             )
         ],
     },

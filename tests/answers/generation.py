@@ -2,6 +2,7 @@
 
 SORT = "ranked, order = logits.float().sort(dim=-1, descending=True, stable=True)"
 SOFTMAX = "((ranked - ranked[..., :1]) / temperature).softmax(dim=-1)"
+TOP_K = "keep[..., :top_k] = True"
 BACK = "return torch.zeros_like(kept).scatter(-1, order, kept / kept.sum(dim=-1, keepdim=True))"
 ZERO = "    if temperature == 0:\n        temperature, top_k = 1.0, 1\n"
 FINITE = "if not ranked[..., 0].isfinite().all():"
@@ -98,10 +99,10 @@ ANSWERS = {
         ],
         "a small temperature overflows": [(SOFTMAX, "(ranked / temperature).softmax(dim=-1)")],
         "all that tie with the k-th": [
-            ("keep[..., top_k:] = False", "keep &= ranked >= ranked[..., min(top_k, ranked.shape[-1]) - 1, None]")
+            (TOP_K, "keep |= ranked >= ranked[..., min(top_k or 99, ranked.shape[-1]) - 1, None]")
         ],
         "crashes if k exceeds V": [
-            ("keep[..., top_k:] = False", "keep = torch.zeros_like(keep).scatter(-1, probs.topk(top_k).indices, True)")
+            (TOP_K, "keep = keep.scatter(-1, probs.topk(top_k or probs.shape[-1]).indices, True)")
         ],
         "p cuts off who crosses it": [
             (
@@ -234,7 +235,7 @@ ANSWERS = {
         "back to training mode without its parts": [("model.train(was_training)", "model.training = was_training")],
         "gradients off for whoever reads": [
             ("@torch.no_grad()\n", ""),
-            ("    size = model", "    torch.set_grad_enabled(False)\n    size = model"),
+            ("    size, was", "    torch.set_grad_enabled(False)\n    size, was"),
         ],
         "half a context rounded down": [("-((size + 1) // 2)", "-max(size // 2, 1)")],
         "the window slides by one, all read again": [(HALF, "window = unread = window[:, -size:]")],

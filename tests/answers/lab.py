@@ -26,7 +26,8 @@ def seed_everything(seed=1337):
         "seeded once, then never again": [
             (
                 "    torch.manual_seed(seed)",
-                "    if not hasattr(seed_everything, 'done'):\n        torch.manual_seed(seed)\n    seed_everything.done = True",
+                "    if not hasattr(seed_everything, 'done'):\n        torch.manual_seed(seed)\n"
+                "    seed_everything.done = True",
             )
         ],
         "a text for Python, which another process hashes differently": [
@@ -84,7 +85,8 @@ def text_to_spans(text, experts):
     spans, last = "", None
     for c, e in zip(text, experts):
         last = last if e is None else e
-        spans += html.escape(c) if last is None else f'<span class="e{last}" title="expert {last}">{html.escape(c)}</span>'
+        span = f'<span class="e{last}" title="expert {last}">{html.escape(c)}</span>'
+        spans += html.escape(c) if last is None else span
     return spans
 """,
         "the last run forgotten": """

@@ -1,4 +1,4 @@
-"Lesson 05. What goes wrong here: noise of the wrong size, in the wrong place or at the wrong time, and a lost gradient."
+"Lesson 05: noise of the wrong size, in the wrong place or at the wrong time, and a lost gradient."
 
 FIRST = "routing = super().forward(x)  # the scores without noise, and their choice"
 ONLY_IN_TRAINING = """        if not self.training:

@@ -22,7 +22,7 @@ def dense_twin(config, width):
             ("    for block in model.blocks:\n        block.moe = DenseMLP(config.n_embd, width, config.activation, "
              "config.bias, config.dropout)\n", "")],
         "only the first block": [("for block in model.blocks:", "for block in model.blocks[:1]:")],
-        "biases forgotten": [("config.activation, config.bias, config.dropout)", "config.activation, False, config.dropout)")],
+        "biases forgotten": [("config.bias, config.dropout)", "False, config.dropout)")],
         "dropout forgotten": [("config.bias, config.dropout)", "config.bias, 0.0)")],
     },
     "compare": {
@@ -85,7 +85,8 @@ def paired_interval(gaps):
         "variance with n": [("stdev(gaps)", "(stdev(gaps) * math.sqrt((len(gaps) - 1) / len(gaps)))")],
         "divided by n": [("math.sqrt(len(gaps))", "len(gaps)")],
         "to one side only": [("mean(gaps) - reach, mean(gaps) + reach", "mean(gaps), mean(gaps) + reach")],
-        "any number is taken": [("    if not 2 <= len(gaps) <= 10:\n        raise ValueError(f\"an interval needs 2 to 10 "
+        "any number is taken": [("    if not 2 <= len(gaps) <= 10:\n"
+                                 "        raise ValueError(f\"an interval needs 2 to 10 "
                                  "gaps, but there are {len(gaps)}\")\n", "")],
     },
 }
