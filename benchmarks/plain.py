@@ -1,4 +1,4 @@
-"""The algorithm of the makeMoE article (Sori 2024), written plainly: what we measure ourselves against.
+"""The algorithm of the makeMoE article (Sooriyarachchi 2024), written plainly: what we measure ourselves against.
 
 One head after another, one expert after another behind a mask, and AdamW as it comes.
 Three things are as in the article though we would do them differently: attention is scaled by the width of the model

@@ -28,7 +28,7 @@ from makemoe.optimizers import OPTIMIZERS
 from makemoe.training import TrainConfig, TrainState, estimate_loss, train
 from makemoe.twins import dense_twin
 
-ARTICLE_LOSS = 1.7508  # makeMoE article (Sori 2024): step 4999, tiny Shakespeare
+ARTICLE_LOSS = 1.7508  # makeMoE article (Sooriyarachchi 2024): step 4999, tiny Shakespeare
 NANOGPT_LOSS = 1.4697  # README of karpathy/nanoGPT, train_shakespeare_char on one A100
 SEEDS = 1337, 1338, 1339
 SIX_SEEDS = *SEEDS, 1340, 1341, 1342

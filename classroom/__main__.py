@@ -11,7 +11,7 @@ from classroom.handout import learn, release, samples
 try:
     commands = {"learn": learn, "release": release, "samples": samples, "grade": grade}
     tyro.extras.subcommand_cli_from_dict(commands, prog="python -m classroom", description=classroom.__doc__)
-except (OSError, ValueError) as error:
+except (OSError, ValueError, RuntimeError) as error:
     sys.exit(print(f"classroom: {error}", file=sys.stderr) or 2)
 except KeyboardInterrupt as error:
     sys.exit(print(f"classroom: {error}", file=sys.stderr) or 130)

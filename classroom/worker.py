@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import sys
+import tempfile
 import types
 from pathlib import Path
 
@@ -19,47 +20,35 @@ import torch
 from submission import build, verdict
 
 FORBIDDEN = (
-    "subprocess.",
-    "os.system",
-    "os.exec",
-    "os.posix_spawn",
-    "os.spawn",
-    "os.startfile",
-    "os.fork",
-    "os.kill",
-    "pty.",
-    "socket.",
-    "ctypes.",
-    "os.remove",
-    "os.rename",
-    "os.rmdir",
-    "os.mkdir",
-    "os.link",
-    "os.symlink",
-    "os.chmod",
-    "os.chown",
-    "os.truncate",
-    "os.putenv",
-    "shutil.",
-    "sys.setprofile",
-    "sys.settrace",
-    "gc.get_",
-    "sys._current_frames",
-)
+    "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.startfile", "os.fork", "os.kill", "pty.",
+    "socket.", "ctypes.", "os.putenv", "sys.setprofile", "sys.settrace", "gc.get_", "sys._current_frames",
+)  # fmt: skip
+FILES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.chmod", "os.chown",
+         "os.truncate", "shutil.")  # fmt: skip
 
 
-def guard(readable, closed):
-    "From now on, only files below the folders `readable`, but not below `closed`, can be read, and none written."
-    folders = tuple(os.path.realpath(folder) + os.sep for folder in readable)
-    closed = os.path.realpath(closed) + os.sep
+def guard(readable, closed, scratch):
+    """From now on, only files below the folders `readable`, but not below `closed`, can be read.
+
+    Files can only be written below `scratch`.
+    """
+    folders = tuple(os.path.realpath(folder) + os.sep for folder in (*readable, scratch))
+    closed, scratch = (os.path.realpath(folder) + os.sep for folder in (closed, scratch))
+
+    def place(path):
+        return os.path.realpath(os.fsdecode(path)) + os.sep
 
     def watch(event, arguments):
         if event in ("open", "os.listdir", "os.scandir") and isinstance(arguments[0], (str, bytes, os.PathLike)):
-            path = os.path.realpath(os.fsdecode(arguments[0]))
+            path = place(arguments[0])
             writes = event == "open" and bool((arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC))
-            inside = (path + os.sep).startswith(folders) and not (path + os.sep).startswith(closed)
-            if path != os.devnull and (writes or not inside):
+            inside = path.startswith(folders) and not path.startswith(closed)
+            if path != os.devnull + os.sep and not (path.startswith(scratch) if writes else inside):
                 raise PermissionError(f"an answer may not {'write' if writes else 'read'} files here")
+        elif event.startswith(FILES):
+            paths = [path for path in arguments if isinstance(path, (str, bytes, os.PathLike))]
+            if not all(place(path).startswith(scratch) for path in paths):
+                raise PermissionError("an answer may not write files here")
         elif event == "sys._getframe":
             try:
                 raise ValueError
@@ -88,7 +77,9 @@ def judge(task, modules, say):
     before = fingerprint(modules)
     here = Path(__file__).resolve().parent
     system = [path for path in ("/usr", "/lib", "/proc/self", "/dev/shm") if os.path.exists(path)]
-    guard([here, sys.prefix, sys.base_prefix, *system], closed=here / "makemoe" / "checks")
+    scratch = tempfile.tempdir = tempfile.mkdtemp(dir=here)
+    os.chdir(scratch)
+    guard([here, sys.prefix, sys.base_prefix, *system], here / "makemoe" / "checks", scratch)
     for name in [name for name in sys.modules if name.startswith("makemoe.checks")]:
         sys.modules[name] = None  # an answer cannot import the checks, in which there are answers
 
@@ -116,6 +107,14 @@ def judge(task, modules, say):
         say(exercise, reason)
 
 
+def warm_up():
+    "Do what makes PyTorch load more of itself and look for a temporary folder: later it may not read files."
+    weight = torch.zeros(2, device="meta", requires_grad=True)
+    weight.masked_fill(weight > 0, 0.0).softmax(dim=0).sum().backward()
+    torch.optim.AdamW([torch.zeros(2, requires_grad=True)])
+    tempfile.gettempdir()
+
+
 def main():
     "Load what all answers to a lesson need, once; then judge each submission in a copy of this process."
     lesson = json.loads(sys.stdin.readline())
@@ -124,6 +123,7 @@ def main():
     os.dup2(silence, 1)
     os.dup2(silence, 2)
     torch.set_num_threads(1)
+    warm_up()
     sys.meta_path[:] = [
         finder for finder in sys.meta_path if "__editable__" not in repr(finder)
     ]  # the teacher's package

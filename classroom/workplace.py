@@ -37,6 +37,7 @@ class Worker:
         environment = keep | {
             "PYTHONPATH": place,
             "HOME": place,
+            "TMPDIR": place,
             "MPLCONFIGDIR": place,
             "MPLBACKEND": "agg",
             "PYTHONUTF8": "1",
@@ -58,7 +59,8 @@ class Worker:
         self.lines = queue.Queue()
         threading.Thread(target=self.read, args=(self.process.stdout, self.lines), daemon=True).start()
         self.send(self.lesson)
-        self.lines.get(timeout=300)  # to import PyTorch may take long, and is nobody's fault
+        if self.lines.get(timeout=300) is None:  # to import PyTorch may take long, and is nobody's fault
+            raise RuntimeError(f"the process for answers to lesson {self.lesson['module']} does not start")
 
     @staticmethod
     def read(output, lines):

@@ -19,7 +19,7 @@ from .training import train
 
 # %% ../notebooks/13_twins.ipynb #dense-mlp
 class DenseMLP(nn.Module):
-    "One wide expert in the place of a mixture: x (..., C) -> (the same shape, a `Routing` in which it does all the work)."
+    "One wide expert in a mixture's place: x (..., C) -> (the same shape, a `Routing` in which it does all the work)."
 
     def __init__(self, n_embd, n_hidden, activation, bias, dropout):
         super().__init__()

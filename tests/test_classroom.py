@@ -240,7 +240,7 @@ HANDED_IN = {  # student: (what is handed in, points, words of the message)
     "imports ours": (solved(triple="from makemoe.toy import triple"), 2, "triple:"),
     "searches the disk": (triple("text = open(ROOT).read()\nexec(text)\nreturn 3 * x"), 2, "may not read"),
     "lists the disk": (triple("import os; os.listdir('/')\nreturn 3 * x"), 2, "may not read"),
-    "writes": (triple("open('note.txt', 'w')\nreturn 3 * x"), 2, "may not write"),
+    "writes": (triple("open('/tmp/note.txt', 'w')\nreturn 3 * x"), 2, "may not write"),
     "a program": (triple("import subprocess; subprocess.run(['true'])\nreturn 3 * x"), 2, "may not use"),
     "a foreign function": (triple("import ctypes; ctypes.CDLL(None)\nreturn 3 * x"), 2, "may not"),
     "looks at the caller": (triple("import sys; sys._getframe(1)\nreturn 3 * x"), 2, "may not look"),
@@ -340,6 +340,13 @@ def test_a_second_call_grades_only_what_has_changed(graded, monkeypatch):
     assert {name: line for name, line in after.items() if name != "wrong"} == {
         name: line for name, line in before.items() if name != "wrong"
     }
+
+
+def test_our_answers_to_a_real_lesson_get_full_marks_and_half_of_them_half(tmp_path):
+    samples(tmp_path / "class", ("04",))
+    grade = subprocess.run([sys.executable, "-m", "classroom", "grade", tmp_path / "class"], cwd=ROOT)
+    found = {student: int(line["score"]) / int(line["max"]) for student, line in grades(tmp_path / "class").items()}
+    assert grade.returncode == 0 and found["full"] == 1 and found["empty"] == 0 < found["half"] < 1
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends the signal of Ctrl-C")

@@ -49,8 +49,10 @@ def check_knock_out(knock_out):
     with knock_out(model, 0, [0]):
         model(ids).logits.square().sum().backward()
     other(ids).logits.square().sum().backward()
-    ours, theirs = ([each.blocks[0].moe.router.linear.weight.grad, each.blocks[0].moe.experts.up.grad[1:]]
-                    for each in (model, other))
+    ours, theirs = (
+        [each.blocks[0].moe.router.linear.weight.grad, each.blocks[0].moe.experts.up.grad[1:]]
+        for each in (model, other)
+    )
     for got, want, name in zip(ours, theirs, ("the router's weight", "the other experts' weights")):
         assert got is not None, f"no gradient reaches {name}"
         close(got, want, f"the gradient of {name}", rtol=1e-3, atol=1e-3)
