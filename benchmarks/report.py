@@ -134,7 +134,8 @@ def article_section(results):
 def twin_section(results):
     def finals(name, equal):
         same = "steps" if name == "mixture" else equal  # the mixture is the measure of both
-        return {run["seed"]: run["final"] for run in results["runs"] if (run["name"], run["equal"]) == (name, same)}
+        runs = [run for run in results["runs"] if run["lr"] == results["settings"]["recipe"]["lr"]]  # not of the search
+        return {run["seed"]: run["final"] for run in runs if (run["name"], run["equal"]) == (name, same)}
 
     steps = results["settings"]["recipe"]["steps"]
     rows = [[name, f"{facts['parameters']:,}", f"{facts['active']:,}", spread(facts["ms"]), f"{facts['ratio'][1]:.2f}",
@@ -218,7 +219,9 @@ def draw_losses(axes, results, names, title):
     "Held-out loss over seconds, without the first guess."
     for name, (label, colour) in names.items():
         equal = "steps" if name == "mixture" else "seconds"  # the mixture is the measure of both
-        runs = [run for run in results["runs"] if run["name"] == name and run.get("equal", equal) == equal]
+        rate = results["settings"]["recipe"]["lr"]
+        runs = [run for run in results["runs"] if run["name"] == name and run.get("lr", rate) == rate]
+        runs = [run for run in runs if run.get("equal", equal) == equal]
         per_step = results["step"][name]["ms"][1] / 1e3
         for i, run in enumerate(runs):
             shown = [record for record in run["history"] if record["step"]]
