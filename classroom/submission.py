@@ -86,7 +86,7 @@ def verdict(check, names, problems=()):
     wanted = list(inspect.signature(check).parameters)
     for name in wanted:
         if name not in names:
-            return dict(problems).get(name, f"there is no {name}")
+            return dict(problems).get(name, f"not defined: {name}")
     try:
         check(*(names[name] for name in wanted))
     except NotImplementedError:

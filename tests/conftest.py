@@ -1,4 +1,8 @@
-"""Every test starts from the same seed, and hypothesis draws the same examples in every run."""
+"""Every test starts from the same seed and with one thread, and hypothesis draws the same examples in every run."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is loaded: tests are so small that threads only wait
 
 import hypothesis
 import matplotlib
