@@ -147,6 +147,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'makemoe.shakespeare.finish': ('shakespeare.html#finish', 'makemoe/shakespeare.py'),
                                      'makemoe.shakespeare.held_out_loss': ('shakespeare.html#held_out_loss', 'makemoe/shakespeare.py'),
                                      'makemoe.shakespeare.hold': ('shakespeare.html#hold', 'makemoe/shakespeare.py'),
+                                     'makemoe.shakespeare.keep_moment': ('shakespeare.html#keep_moment', 'makemoe/shakespeare.py'),
                                      'makemoe.shakespeare.least_memory': ('shakespeare.html#least_memory', 'makemoe/shakespeare.py'),
                                      'makemoe.shakespeare.main': ('shakespeare.html#main', 'makemoe/shakespeare.py'),
                                      'makemoe.shakespeare.mlflow_log': ('shakespeare.html#mlflow_log', 'makemoe/shakespeare.py'),

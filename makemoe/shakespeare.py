@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PROJECT', 'PRESETS', 'RESULTS', 'MORE_RESULTS', 'progress', 'COMMANDS', 'write', 'new_folder', 'Run', 'find_device',
            'find_prompt', 'least_memory', 'prepare', 'held_out_loss', 'stop_by_signal', 'hold', 'find_unfinished',
-           'mlflow_log', 'draw_history', 'finish', 'report', 'run_training', 'Generate', 'find_checkpoint',
-           'run_generation', 'main']
+           'mlflow_log', 'draw_history', 'finish', 'keep_moment', 'report', 'run_training', 'Generate',
+           'find_checkpoint', 'run_generation', 'main']
 
 # %% ../notebooks/16_shakespeare.ipynb #imports
 import os
@@ -77,6 +77,7 @@ class Run:
     data: str = "shakespeare"  # 'shakespeare', 'tinyshakespeare' or the path of a text file
     device: str = ""  # cuda, mps or cpu; by default the fastest at hand
     prompt: str = ""  # what the sample continues; by default a new line
+    moments: int = 0  # keep so many moments of the training in NAME/moments: the page of a small model plays them back
     mlflow: bool = False  # log to mlflow.db and mlruns in the project's folder; `make mlflow` shows them
     resume: bool = False  # go on with the furthest unfinished run of this name and these settings
 
@@ -291,9 +292,16 @@ def finish(run, folder, model, tokenizer, val_ids, history):
         print(f"{folder / name}: {RESULTS[name]}")
 
 # %% ../notebooks/16_shakespeare.ipynb #run-training
+def keep_moment(run, folder, model, tokenizer, step):
+    "Save the model of this `step` in `folder`/moments if one of the `run.moments`, evenly spread, is due."
+    due, before = (at * run.moments // run.train.steps for at in (step, step - run.train.eval_every))
+    if before < due < run.moments:  # the last one is the finished model
+        save_checkpoint(folder / "moments" / f"step {step:06}.safetensors", model, tokenizer)
+
+
 def report(save, tell, record):
     "What follows each evaluation: `save()`, `tell` all its numbers (see `mlflow_log`), and print a line."
-    save()
+    save(record["step"])
     values = {name: record[name] for name in ("train_loss", "val_loss", "seconds", "tokens_per_second")}
     for name in "imbalance", "dropped":
         values |= {f"{name}_{layer}": value for layer, value in enumerate(record[name])}
@@ -315,7 +323,11 @@ def run_training(run: tyro.extras.subcommand_type_from_defaults(PRESETS)):
         state = TrainState(model, run.train, OPTIMIZERS[run.optimizer](model, run.train))
         notes, path = settings | dict(train=asdict(run.train)), new_folder(run.name) / "model.safetensors"
     folder, tell, status = path.parent, lambda *_: None, "FAILED"
-    save = partial(save_training, path, model, state, tokenizer, notes)
+
+    def save(step):
+        save_training(path, model, state, tokenizer, notes)
+        keep_moment(run, folder, model, tokenizer, step)
+
     try:
         with hold(folder, f"{folder} is being trained by process {notes.get('process')}: stop that one first"):
             notes["process"] = os.getpid()
@@ -328,13 +340,13 @@ def run_training(run: tyro.extras.subcommand_type_from_defaults(PRESETS)):
             if run.resume:
                 for torn in folder.glob("*.unfinished"):  # left by a process that was killed while it saved
                     torn.unlink()
-                save()
+                save(state.step)
                 print(f"going on with {folder} at step {state.step}", flush=True)
             with stop_by_signal(state), progress(total=run.train.steps, initial=state.step) as bar:
                 on_step, on_eval = lambda *_: bar.update(), partial(report, save, tell)
                 train(model, train_ids, val_ids, run.train, on_step, on_eval, state)
                 if state.stop:
-                    save()
+                    save(state.step)
                     draw_history(state.history, folder)
                     raise KeyboardInterrupt
             finish(run, folder, model, tokenizer, val_ids, state.history)

@@ -274,8 +274,10 @@ def test_a_reader_that_has_had_enough_is_no_error():
 
 
 def test_the_command_leaves_a_page_and_makes_one_of_a_checkpoint():
-    said, complained = started("train", "laptop", *TINY).communicate(timeout=120)
+    said, complained = started("train", "laptop", *TINY, "--moments", "2").communicate(timeout=120)
     assert os.path.join("runs", "laptop", "page.html") in said and complained == ""
+    steps = [int(path.stem.removeprefix("step ")) for path in sorted(Path("runs/laptop/moments").iterdir())]
+    assert len(steps) == 2 and steps[0] == 0
     assert "<html" in Path("runs/laptop/page.html").read_text(encoding="utf-8")
     for words in [], ["runs/laptop", "--weights", "float32", "--out", "other.html"]:
         said, complained = started("page", *words).communicate(timeout=120)
