@@ -34,7 +34,7 @@ def is_stub(node):
 
 
 def statements(cells, released, answers):
-    """The statements that make the module of a notebook, as (label of the cell, syntax tree of one statement).
+    """What makes the module of a notebook: [(label of a cell, one statement as a tree)], {name: why its cell is lost}.
 
     `cells`: what was handed in; `released`: sources of the lesson's own cells; `answers`: names that exercises define.
     Of two definitions of one name the later one counts, unless it is a stub.
