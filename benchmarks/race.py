@@ -191,13 +191,12 @@ def twins(
     model: MoEConfig = MoEConfig.laptop(),
     recipe: TrainConfig = TrainConfig.laptop(eval_blocks=512),
     rates: tuple[float, ...] = (3.75e-4, 7.5e-4, 1.5e-3, 3e-3, 6e-3),
-    lr: float = 7.5e-4,
 ):
     """A mixture against itself with capacity and against dense twins, at equal steps and at equal seconds.
 
     First the mixture and its twin of equal active size are trained once at each learning rate. Then all are trained
-    with each seed at the rate `lr`, the best that was found. At equal seconds a contender makes as many steps as fit
-    into the time of the mixture; its learning rate falls to the last of them.
+    with each seed at that of the recipe, the best that was found. At equal seconds a contender makes as many steps as
+    fit into the time of the mixture; its learning rate falls to the last of them.
 
     Args:
         out: folder for the results.
@@ -209,13 +208,12 @@ def twins(
         model: the mixture.
         recipe: the training of all of them.
         rates: learning rates that are tried with the first seed.
-        lr: learning rate of the runs with all seeds; in a short race that of the recipe.
     """
     train_ids, val_ids, vocab_size = text_for_race(text)
     model = replace(model, vocab_size=vocab_size)
     names = list(TWINS)
     if short:
-        seeds, rates, lr, names = seeds[:1], (), recipe.lr, [MIXTURE, ACTIVE]
+        seeds, rates, names = seeds[:1], (), [MIXTURE, ACTIVE]
         recipe = replace(recipe, steps=150, eval_every=25, eval_blocks=128)
     settings = dict(text=text, model=asdict(model), recipe=asdict(recipe))
     path = out / f"twins{'-short' * short}-{device}.json"
@@ -244,10 +242,10 @@ def twins(
     todo = [(name, seeds[0], "steps", recipe.steps, rate) for rate in rates for name in (MIXTURE, ACTIVE)]
     for seed in seeds:
         for name in names if seed in seeds[:3] else names[:2]:
-            todo.append((name, seed, "steps", recipe.steps, lr))
+            todo.append((name, seed, "steps", recipe.steps, recipe.lr))
             if name != MIXTURE:
-                todo.append((name, seed, "seconds", fitting[name], lr))
-    done = {(run["name"], run["seed"], run["equal"], run.get("lr", recipe.lr)) for run in results["runs"]}
+                todo.append((name, seed, "seconds", fitting[name], recipe.lr))
+    done = {(run["name"], run["seed"], run["equal"], run["lr"]) for run in results["runs"]}
     for name, seed, equal, steps, rate in todo:
         if (name, seed, equal, rate) in done:
             continue

@@ -131,30 +131,44 @@ def article_section(results):
     return f"Time to a validation loss of {settings['target']} on tiny Shakespeare", lines, goals
 
 
-def twin_section(results):
-    def finals(name, equal):
-        same = "steps" if name == "mixture" else equal  # the mixture is the measure of both
-        runs = [run for run in results["runs"] if run["lr"] == results["settings"]["recipe"]["lr"]]  # not of the search
-        return {run["seed"]: run["final"] for run in runs if (run["name"], run["equal"]) == (name, same)}
+def raced(results):
+    "The learning rates of the race, the largest first; those that were only tried with one seed are the search's."
+    seeds = {run["lr"]: set() for run in results["runs"]}
+    for run in results["runs"]:
+        seeds[run["lr"]].add(run["seed"])
+    several = [lr for lr, found in seeds.items() if len(found) > 1]
+    return sorted(several or seeds, reverse=True)
 
-    steps = results["settings"]["recipe"]["steps"]
-    rows = [[name, f"{facts['parameters']:,}", f"{facts['active']:,}", spread(facts["ms"]), f"{facts['ratio'][1]:.2f}",
-             megabytes(facts["memory"]), of_seeds([*finals(name, "steps").values()]),
-             f"{round(steps / facts['ratio'][1]):,}", of_seeds([*finals(name, "seconds").values()])]
-            for name, facts in results["step"].items() if finals(name, "steps") and finals(name, "seconds")]
-    lines = table(["", "parameters", "active", "ms a step", "times mixture", "peak memory, MB",
-                   f"loss after {steps:,} steps", "steps in equal seconds", "loss at equal seconds"], rows)
+
+def twin_section(results):
+    def finals(name, equal, lr):
+        same = "steps" if name == "mixture" else equal  # the mixture is the measure of both
+        runs = [run for run in results["runs"] if (run["name"], run["equal"], run["lr"]) == (name, same, lr)]
+        return {run["seed"]: run["final"] for run in runs}
+
+    steps, rows, goals = results["settings"]["recipe"]["steps"], [], []
+    for lr in raced(results):
+        for name, facts in results["step"].items():
+            by_steps, by_seconds = (finals(name, equal, lr).values() for equal in ("steps", "seconds"))
+            if by_steps:
+                rows.append([name, f"{lr:g}", len(by_steps), f"{facts['parameters']:,}", f"{facts['active']:,}",
+                             spread(facts["ms"]), f"{facts['ratio'][1]:.2f}", megabytes(facts["memory"]),
+                             of_seeds([*by_steps]), f"{round(steps / facts['ratio'][1]):,}",
+                             of_seeds([*by_seconds]) if by_seconds else "not run"])
+        for equal in "steps", "seconds":
+            ours, twin = finals("mixture", equal, lr), finals("dense, same active size", equal, lr)
+            behind = [twin[seed] - ours[seed] for seed in ours if seed in twin]
+            if behind:
+                goals.append((f"the laptop mixture after {steps:,} steps against its dense twin of the same active "
+                              f"size, at equal {equal}, learning rate {lr:g}, "
+                              f"{len(behind)} seed{'s' * (len(behind) > 1)}",
+                              f"the twin's loss minus ours is {of_seeds(behind)}", "above 0 at equal seconds",
+                              min(behind) > 0 if equal == "seconds" and steps >= 1000 else None))
+    lines = table(["", "learning rate", "seeds", "parameters", "active", "ms a step", "times mixture",
+                   "peak memory, MB", f"loss after {steps:,} steps", "steps in equal seconds",
+                   "loss at equal seconds"], rows)
     lines += ["", "The same recipe for all; mean, and range of the seeds. At equal seconds everybody makes the steps "
                   "that fit into the time of the mixture, and the learning rate falls to the last of them."]
-    goals = []
-    for equal in "steps", "seconds":
-        ours, twin = finals("mixture", equal), finals("dense, same active size", equal)
-        behind = [twin[seed] - ours[seed] for seed in ours if seed in twin]
-        if behind:
-            goals.append((f"the laptop mixture after {steps:,} steps against its dense twin of the same active size, "
-                          f"at equal {equal}, {len(behind)} seed{'s' * (len(behind) > 1)}",
-                          f"the twin's loss minus ours is {of_seeds(behind)}", "above 0 at equal seconds",
-                          min(behind) > 0 if equal == "seconds" and steps >= 1000 else None))
     return "The laptop mixture and its twins, validation loss", lines, goals
 
 
@@ -217,10 +231,10 @@ def draw_speed(section, axes, rows):
 
 def draw_losses(axes, results, names, title):
     "Held-out loss over seconds, without the first guess."
+    lr = raced(results)[0] if "equal" in results["runs"][0] else None  # the article's race has one for each side
     for name, (label, colour) in names.items():
         equal = "steps" if name == "mixture" else "seconds"  # the mixture is the measure of both
-        rate = results["settings"]["recipe"]["lr"]
-        runs = [run for run in results["runs"] if run["name"] == name and run.get("lr", rate) == rate]
+        runs = [run for run in results["runs"] if run["name"] == name and run.get("lr") == lr]
         runs = [run for run in runs if run.get("equal", equal) == equal]
         per_step = results["step"][name]["ms"][1] / 1e3
         for i, run in enumerate(runs):

@@ -11,10 +11,12 @@ import hashlib
 import json
 import os
 import random
+import re
 import textwrap
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -22,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from .data import CharTokenizer
-from .model import MoEConfig, SparseMoELanguageModel
+from .model import ROUTERS, MoEConfig, SparseMoELanguageModel
 from .optimizers import OPTIMIZERS
 from .training import TrainConfig, TrainState
 
@@ -40,7 +42,8 @@ def parts(model, tokenizer, history):
             tied[name] = first[id(weight)]
     text = json.dumps(list(history)).encode()  # a header has room for 100 MB, a tensor for more
     tensors["history"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    return tensors, dict(config=asdict(model.config), characters=tokenizer.characters, tied=tied)
+    facts = dict(config=asdict(model.config), characters=tokenizer.characters, tied=tied)
+    return tensors, facts | dict(module=ROUTERS[model.config.router].__module__)
 
 # %% ../notebooks/15_checkpoints.ipynb #checksum
 def checksum(header, tensors):
@@ -131,12 +134,15 @@ def read_facts(path):
     return read_file(path, tensors=False)[1]
 
 # %% ../notebooks/15_checkpoints.ipynb #build-model
-REMOVED = {("priority", "position"), ("importance_coef", 0.0)}  # old files say so; there is no choice any more
+REMOVED = {"priority": "position", "importance_coef": 0.0}  # old files say so; there is no choice any more
 
 
 def build_model(facts, weights):
     "The model that `facts` describe, with these `weights` (by name), in evaluation mode."
-    config = MoEConfig(**dict(facts["config"].items() - REMOVED))
+    if re.fullmatch(r"makemoe\.[a-z]\w*", facts.get("module", "")):
+        with suppress(ImportError):
+            import_module(facts["module"])  # a later lesson's router becomes known when its module is imported
+    config = MoEConfig(**{name: value for name, value in facts["config"].items() if REMOVED.get(name, ()) != value})
     layers = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
     if len(layers) != config.n_layer or config.n_layer * config.num_experts > sum(map(torch.numel, weights.values())):
         raise ValueError(f"size mismatch: no weights for {config.n_layer} layers of {config.num_experts} experts")

@@ -54,7 +54,7 @@ class GroupedExperts(nn.Module):
         self.activation, self.dropout, self.top_k = activation, nn.Dropout(dropout), top_k
 
     def forward(self, x, routing):
-        E, n_hidden, C = self.up.shape
+        E, C, n_hidden = self.down.shape
         given, needed = tuple(routing.gates.shape), (*x.shape[:-1], E)
         if given != needed:
             raise ValueError(f"the routing is of shape {given}, these tokens and experts need {needed}")
@@ -69,7 +69,7 @@ class GroupedExperts(nn.Module):
 
     def to_loop(self):
         "An `Experts` with a copy of these weights. And back: `load_state_dict(stack_weights(experts))`."
-        E, n_hidden, C = self.up.shape
+        E, C, n_hidden = self.down.shape
         loop = Experts(E, C, n_hidden, self.activation, self.up_bias is not None, self.dropout.p).to(self.up)
         loop.load_state_dict({f"{e}.{LOOP_NAMES[name]}": weight for name, stacked in self.state_dict().items()
                               for e, weight in enumerate(stacked)})

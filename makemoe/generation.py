@@ -61,8 +61,11 @@ def stream(model, ids, num_tokens, temperature=1.0, top_k=None, top_p=None, seed
     Each block has a `KVCache`; when the context is full, its newer half is read again into empty ones. The model is
     in evaluation mode until the stream ends or is closed, and then as before. One `torch.multinomial` draws each step,
     with a generator of its own if there is a `seed`. Raises ValueError, when the first token is asked for, without a
-    prompt and for settings or logits that `next_token_probs` refuses.
+    prompt, for settings or logits that `next_token_probs` refuses, and for a router that sees later tokens.
     """
+    for module in model.modules():
+        if not getattr(module, "causal", True):  # a later lesson has such a router
+            raise ValueError(f"{type(module).__name__} needs later tokens to route a token: it cannot write a text")
     if ids.dim() != 2 or ids.shape[1] < 1:
         raise ValueError(f"the prompt is {tuple(ids.shape)}, but must be (B, T), T at least 1: one text is ids[None]")
     if num_tokens < 0:

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['PROJECT', 'PRESETS', 'RESULTS', 'MORE_RESULTS', 'progress', 'COMMANDS', 'write', 'new_folder', 'Run', 'find_device',
            'find_prompt', 'least_memory', 'prepare', 'held_out_loss', 'stop_by_signal', 'hold', 'find_unfinished',
-           'mlflow_log', 'draw_history', 'finish', 'keep_moment', 'report', 'run_training', 'Generate',
-           'find_checkpoint', 'run_generation', 'main']
+           'mlflow_log', 'draw_history', 'write_sample', 'finish', 'keep_moment', 'report', 'run_training', 'Generate',
+           'find_checkpoint', 'run_generation', 'list_routers', 'main']
 
 # %% ../notebooks/16_shakespeare.ipynb #imports
+import inspect
 import os
 import re
 import signal
@@ -31,10 +32,10 @@ from tqdm import tqdm
 
 import makemoe
 from .checkpoints import load_checkpoint, load_training, must_fit, read_facts, save_checkpoint, save_training
-from .data import CharTokenizer, load_text, split
+from .data import CharTokenizer, compact_ids, load_text, split
 from .generation import stream
 from .lab import pick_device, seed_everything, show_load, show_loss, text_to_html
-from .model import MoEConfig, SparseMoELanguageModel, count_parameters
+from .model import ROUTERS, MoEConfig, SparseMoELanguageModel, count_parameters
 from .optimizers import OPTIMIZERS
 from .training import TrainConfig, TrainState, estimate_loss, train
 
@@ -73,7 +74,7 @@ class Run:
     model: MoEConfig
     train: TrainConfig
     name: str  # results go to runs/NAME, or to NAME-2, NAME-3, ... where that is taken
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon needs fewer steps, and more time for each
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon, with --lr 1e-2, needs fewer steps, and more time for each
     data: str = "shakespeare"  # 'shakespeare', 'tinyshakespeare' or the path of a text file
     device: str = ""  # cuda, mps or cpu; by default the fastest at hand
     prompt: str = ""  # what the sample continues; by default a new line
@@ -124,7 +125,7 @@ def prepare(run):
     device, text = find_device(run.device), load_text(run.data)
     tokenizer = CharTokenizer(text)
     find_prompt(tokenizer, run.prompt)
-    train_ids, val_ids = split(tokenizer.encode(text))
+    train_ids, val_ids = split(compact_ids(tokenizer, text))
     config = replace(run.model, vocab_size=tokenizer.vocab_size)
     if min(len(train_ids), len(val_ids)) <= config.block_size:
         raise ValueError(f"{run.data} is too short: it has {len(text)} characters, and a tenth of them "
@@ -267,6 +268,17 @@ def draw_history(history, folder):
         plt.close()
 
 
+def write_sample(run, path, model, tokenizer, passage):
+    "Let the model write 1,000 characters: into `path`, coloured beside it, and on the screen."
+    prompt = find_prompt(tokenizer, run.prompt)
+    characters, experts = zip(*write(model, tokenizer, prompt, 1000, temperature=0.8, seed=run.train.seed))
+    sample = prompt + "".join(characters)
+    coloured = text_to_html(sample, [None] * len(prompt) + list(experts), f"Written by {path.parent.name}")
+    path.write_text(sample, encoding="utf-8")
+    path.with_suffix(".html").write_text(coloured, encoding="utf-8")
+    print(sample.strip(), end="\n\n")
+
+
 def finish(run, folder, model, tokenizer, val_ids, history):
     "The loss on the held-out text, all results, and last the checkpoint without what only training needs."
     print("the held-out text is read once more", flush=True)
@@ -274,20 +286,13 @@ def finish(run, folder, model, tokenizer, val_ids, history):
     whole = contexts == (len(val_ids) - 1) // model.config.block_size
     part = "the whole held-out tenth" if whole else f"{contexts:,} contexts of the held-out tenth"
     print(f"loss on {part}: {loss:.4f} nats per character\n")
-    prompt = find_prompt(tokenizer, run.prompt)
-    characters, experts = zip(*write(model, tokenizer, prompt, 1000, temperature=0.8, seed=run.train.seed))
-    sample = prompt + "".join(characters)
-    coloured = text_to_html(sample, [None] * len(prompt) + list(experts), f"Written by {folder.name}")
-    (folder / "sample.txt").write_text(sample, encoding="utf-8")
-    (folder / "sample.html").write_text(coloured, encoding="utf-8")
     draw_history(history, folder)
-    for name, make in MORE_RESULTS.items():
+    for name, make in {"sample.txt": partial(write_sample, run), **MORE_RESULTS}.items():
         try:
             make(folder / name, model, tokenizer, tokenizer.decode(val_ids[:513]))
         except ValueError as error:
             print(f"no {name}: {error}")
     save_checkpoint(folder / "model.safetensors", model, tokenizer, history)
-    print(sample.strip(), end="\n\n")
     for name in filter(lambda name: (folder / name).exists(), RESULTS):
         print(f"{folder / name}: {RESULTS[name]}")
 
@@ -407,6 +412,13 @@ def run_generation(settings: Generate):
 COMMANDS = {"train": run_training, "generate": run_generation}  # lesson 17 adds `page`
 
 
+def list_routers():
+    "A paragraph for each router that the model knows: its name, its settings with their defaults, what it does."
+    for name, kind in ROUTERS.items():
+        settings = ", ".join(str(s) for s in list(inspect.signature(kind).parameters.values())[3:])
+        yield f"{name}{settings and f' ({settings})'}: {kind.__doc__.split(chr(10))[0]}"
+
+
 def main():
     "The command `python -m makemoe`. What a person can mend ends in one line and status 2."
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -414,6 +426,7 @@ def main():
         out.reconfigure(errors="replace")  # not every console can show every character
     status, about = 2, "Sparse mixture-of-experts language models of characters: train one, let it write."
     short = tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes
+    MoEConfig.__doc__ = "\n\n".join(["Sizes and choices of the model. Routers:", *list_routers()])  # tyro shows it
     try:
         tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="python -m makemoe", description=about, config=short)
         return sys.stdout.flush()

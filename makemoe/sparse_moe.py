@@ -9,7 +9,7 @@ __all__ = ['Experts', 'SparseMoE']
 import torch
 from torch import nn
 
-from .experts import Expert
+from .experts import EXPERTS, Expert
 
 # %% ../notebooks/06_sparse_moe.ipynb #experts
 class Experts(nn.ModuleList):
@@ -22,7 +22,8 @@ class Experts(nn.ModuleList):
     """
 
     def __init__(self, num_experts, n_embd, n_hidden, activation="relu", bias=True, dropout=0.0):
-        super().__init__(Expert(n_embd, n_hidden, activation, bias, dropout) for _ in range(num_experts))
+        make = EXPERTS.get(activation, Expert)
+        super().__init__(make(n_embd, n_hidden, activation, bias, dropout) for _ in range(num_experts))
 
     def forward(self, x, routing):
         given, needed = tuple(routing.gates.shape), (*x.shape[:-1], len(self))

@@ -35,7 +35,7 @@ def estimate_loss(model, ids, batch_size=32, blocks=None):
     model.eval()
     try:
         for window in windows.split(batch_size):
-            window = window.to(device)
+            window = window.to(device).long()  # the ids of a long text are of a smaller type
             output = model(window[:, :-1], window[:, 1:])
             total += output.lm_loss.item() * len(window)  # the last batch may be smaller
             load = load + torch.stack([routing.load for routing in output.routings])  # (L, E)
@@ -76,7 +76,7 @@ class TrainConfig:
     @classmethod
     def laptop(cls, **changes):
         "Less than four minutes on two CPU cores."
-        return cls(**changes)
+        return cls(**(dict(lr=7.5e-4) | changes))
 
     @classmethod
     def gpu(cls, **changes):
@@ -134,6 +134,9 @@ class TrainState:
         self.order = torch.Generator().manual_seed(config.seed)  # draws the batches
         self.step, self.seconds = 0, 0.0  # steps done, time spent
         self.history, self.stop = [], False
+        for module in model.modules():
+            if hasattr(module, "after_step"):  # a router may move its biases after each step (lesson 27)
+                self.optimizer.register_step_post_hook(lambda *_, module=module: module.after_step())
 
 
 def require_finite(losses, step, config):

@@ -221,7 +221,7 @@ TINY = dict(steps=4, batch_size=2, warmup=1, eval_every=2, eval_blocks=3)
 
 def test_a_race_goes_on_where_it_stopped_and_has_what_a_lesson_needs(tmp_path, capsys):
     (tmp_path / "text").write_text("abcdefghijklmnopqrst" * 20, encoding="utf-8")
-    how = dict(text=str(tmp_path / "text"), model=SMALL, recipe=TrainConfig(**TINY), rates=(0.1,), lr=3e-3)
+    how = dict(text=str(tmp_path / "text"), model=SMALL, recipe=TrainConfig(**TINY), rates=(0.1,))
     race.twins(tmp_path, seeds=(1,), **how)
     path = tmp_path / "twins-cpu.json"
     results = json.loads(path.read_text(encoding="utf-8"))

@@ -3,7 +3,7 @@
 import torch
 
 from makemoe.checks import check, close, same
-from makemoe.checks.experts import FORMULAS, PlainExpert, formula, gated, strongest_by_loop
+from makemoe.checks.experts import PlainExpert, formula, strongest_by_loop
 
 
 @check
@@ -30,17 +30,6 @@ def check_layer_parameters(layer_parameters):
     total, active = layer_parameters(4096, 14336, 8, 2)
     close(total, shared + 8 * expert, "total", rtol=0, atol=0)
     close(active, shared + 2 * expert, "active", rtol=0, atol=0)
-
-
-@check
-def check_gated_expert(GatedExpert):
-    yield "more channels than hidden units"
-    for name in FORMULAS:
-        expert, x = GatedExpert(20, 9, activation=name), torch.randn(3, 20)
-        close(expert(x), gated(expert, x, name), f"the answer with {name}")
-        close(expert(3 * x[:0]), gated(expert, 3 * x[:0], name), "the answer to no tokens")
-    yield "the type of x is kept"
-    same(GatedExpert(4, 6).double()(torch.randn(2, 4).double()).dtype, torch.float64, "the type of the answer")
 
 
 @check

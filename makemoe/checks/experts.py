@@ -27,12 +27,6 @@ def formula(expert, x, activation="relu"):
     return F.linear(hidden, expert.down.weight, expert.down.bias)
 
 
-def gated(expert, x, activation):
-    "What a gated expert should answer: (activation(x W) * x V) W_2."
-    W, V = expert.up.weight[: len(expert.up.weight) // 2], expert.up.weight[len(expert.up.weight) // 2:]
-    return (FORMULAS[activation](x @ W.T) * (x @ V.T)) @ expert.down.weight.T
-
-
 def strongest_by_loop(expert, token, n):
     "(units, answer) of one token: a vector for each hidden unit, and the n longest added up."
     pairs = zip(expert.up.weight, expert.up.bias, expert.down.weight.unbind(1))
@@ -103,30 +97,6 @@ def check_layer_parameters(layer_parameters):
     for sizes in (16, 64, 8, 2), (12, 20, 5, 3), (8, 32, 4, 4), (8, 24, 6, 1):
         for name, ours, theirs in zip(("total", "active"), layer_parameters(*sizes), built(*sizes), strict=True):
             close(ours, theirs, f"{name} for C, F, E, k = {sizes}", rtol=0, atol=0)
-
-
-@check
-def check_gated_expert(GatedExpert):
-    yield "it has as many weights as the plain expert"
-    expert, x = GatedExpert(6, 48), torch.randn(2, 3, 6, requires_grad=True)
-    same(sum(weight.numel() for weight in expert.parameters()), 2 * 6 * 48, "weights of GatedExpert(6, 48)")
-    odd = sum(weight.numel() for weight in GatedExpert(4, 64).parameters())
-    assert abs(odd - 2 * 4 * 64) <= 3 * 4, f"GatedExpert(4, 64) has {odd} weights, too far from {2 * 4 * 64}"
-    yield "the answer is that of the formula"
-    with unchanged(x=x):
-        y = expert(x)
-    close(y, gated(expert, x, "gelu"), "the answer")
-    yield "the gradient reaches x, W, V and W_2, in training and in evaluation"
-    for mode in True, False:
-        sources = {"x": x, "`up.weight`": expert.up.weight, "`down.weight`": expert.down.weight}
-        assert all(weight.requires_grad for weight in sources.values()), "a weight is frozen"
-        same_gradients(expert.train(mode)(x), gated(expert, x, "gelu"), sources, f"the answer, training {mode},")
-    yield "the activation is the one that was asked for, and x may have any shape (..., C)"
-    for name in FORMULAS:
-        other = GatedExpert(4, 12, activation=name)
-        for shape in (), (5,), (2, 1, 3):
-            some = torch.randn(*shape, 4)
-            close(other(some), gated(other, some, name), f"the answer with {name} to x of shape {(*shape, 4)}")
 
 
 @check

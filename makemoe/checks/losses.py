@@ -206,35 +206,3 @@ def check_sequence_balancing_loss(sequence_balancing_loss):
     routing = leaning(3, 8, 5, k=2, requires_grad=True)
     expected = sum(balance(*row) for row in zip(routing.logits, routing.chosen)) / 3
     same_gradients(sequence_balancing_loss(routing), expected, {"logits": routing.logits}, "the loss")
-
-
-def expected_load(logits, noisy, deviation, k):
-    "For each expert: the probability of beating the k-th best of the others, summed over the tokens (N, E)."
-    loads = []
-    for e in range(logits.shape[-1]):
-        others = torch.cat([noisy[:, :e], noisy[:, e + 1:]], dim=-1)
-        hurdle = others.sort(dim=-1, descending=True).values[:, k - 1]
-        loads.append((0.5 + 0.5 * torch.erf((logits[:, e] - hurdle) / deviation[:, e] / 2**0.5)).sum())
-    return torch.stack(loads)
-
-
-@check
-def check_smooth_load(smooth_load):
-    yield "it is the probability of being chosen if only the expert's own noise is drawn again, summed over the tokens"
-    for k in 1, 2, 3:
-        logits, deviation = torch.randn(6, 4), 0.5 + torch.rand(6, 4)
-        noisy = logits + deviation * torch.randn(6, 4)
-        with unchanged(logits=logits, noisy=noisy, deviation=deviation):
-            load = smooth_load(logits, noisy, deviation, k)
-        close(load, expected_load(logits, noisy, deviation, k), f"the load with k = {k}", rtol=1e-4)
-    yield "with very little noise it is the load itself"
-    sure = 20 * torch.eye(4)
-    close(smooth_load(sure, sure, torch.full((4, 4), 0.01), 1), torch.ones(4), "the load")
-    yield "all tokens (B, T) count together"
-    three = [part.view(2, 3, 4) for part in (logits, noisy, deviation)]
-    close(smooth_load(*three, 2), expected_load(logits, noisy, deviation, 2), "the load of (2, 3, 4)", rtol=1e-4)
-    yield "the gradient reaches the logits"
-    logits.requires_grad_()
-    noise = noisy - logits.detach()
-    ours, theirs = (load(logits, logits + noise, deviation, 2) for load in (smooth_load, expected_load))
-    same_gradients(ours, theirs, {"logits": logits}, "the load", rtol=1e-3, atol=1e-5)

@@ -118,44 +118,6 @@ def layer_parameters(n_embd, n_hidden, num_experts, top_k):
             )
         ],
     },
-    "gated_expert": {
-        "right: slices, and the width by rounding": """
-class GatedExpert(nn.Module):
-    def __init__(self, n_embd, n_hidden, activation="gelu"):
-        super().__init__()
-        self.activation = ACTIVATIONS[activation]
-        self.width = round(n_hidden * 2 / 3)
-        self.up = nn.Linear(n_embd, self.width + self.width, bias=False)
-        self.down = nn.Linear(self.width, n_embd, bias=False)
-
-    def forward(self, x):
-        both = self.up(x)
-        return self.down(both[..., self.width :] * self.activation(both[..., : self.width]))
-""",
-        "right: two products and einsum": [
-            ("self.up(x).chunk(2, dim=-1)", "(x @ half.T for half in self.up.weight.split(self.down.in_features))"),
-            (
-                "self.down(self.activation(gate) * value)",
-                "torch.einsum('...h,...h,ch->...c', self.activation(gate), value, self.down.weight)",
-            ),
-        ],
-        "the halves swapped": [("gate, value =", "value, gate =")],
-        "every other channel": [("self.up(x).chunk(2, dim=-1)", "self.up(x)[..., ::2], self.up(x)[..., 1::2]")],
-        "split over tokens": [("chunk(2, dim=-1)", "chunk(2, dim=1)")],
-        "as wide as the plain expert": [("2 * n_hidden // 3", "n_hidden")],
-        "two thirds of the channels": [("2 * n_hidden // 3", "2 * n_embd // 3")],
-        "with biases": [("2 * width, bias=False", "2 * width")],
-        "always gelu": [("self.activation(gate)", "F.gelu(gate)")],
-        "the activation on both": [("self.activation(gate) * value", "self.activation(gate) * self.activation(value)")],
-        "the gate learns nothing": [("self.activation(gate) * value", "self.activation(gate).detach() * value")],
-        "down frozen": [
-            (
-                "self.down = nn.Linear(width, n_embd, bias=False)",
-                "self.down = nn.Linear(width, n_embd, bias=False)\n        self.down.weight.requires_grad_(False)",
-            )
-        ],
-        "the token added": [("return self.down(", "return x + self.down(")],
-    },
     "strongest_units": {
         "right: a mask over all units": """
 def strongest_units(expert, x, n):

@@ -205,44 +205,4 @@ def sequence_balancing_loss(routing):
         "works with a batch only": [("dim=-2", "dim=1")],
         "gradient cut": [("routing.probs", "routing.probs.detach()")],
     },
-    "smooth_load": {
-        "right: expert by expert": """
-def smooth_load(logits, noisy, deviation, k):
-    loads = []
-    for e in range(logits.shape[-1]):
-        others = torch.cat([noisy[..., :e], noisy[..., e + 1:]], dim=-1)
-        hurdle = others.sort(dim=-1, descending=True).values[..., k - 1]
-        normal = torch.distributions.Normal(logits[..., e], deviation[..., e])
-        loads.append((1 - normal.cdf(hurdle)).sum())
-    return torch.stack(loads)
-""",
-        "right: oneself left out by a mask": """
-def smooth_load(logits, noisy, deviation, k):
-    E = logits.shape[-1]
-    others = noisy[..., None, :].expand(*noisy.shape, E).masked_fill(torch.eye(E, dtype=torch.bool), -torch.inf)
-    hurdle = others.topk(k, dim=-1).values.amin(dim=-1)
-    z = (logits - hurdle) / deviation
-    return (0.5 * (1 + torch.erf(z / 2**0.5))).flatten(0, -2).sum(dim=0)
-""",
-        "oneself among the others": [("torch.where(noisy > first_out, first_out, last_in)", "last_in")],
-        "always the first who is out": [("torch.where(noisy > first_out, first_out, last_in)", "first_out")],
-        "noisy scores above the hurdle": [("logits - hurdle", "noisy - hurdle")],
-        "hurdle of the scores without noise": [
-            ("best = noisy", "best = logits"),
-            ("noisy > first_out", "logits > first_out"),
-        ],
-        "noise not divided by its deviation": [(") / deviation)", "))")],
-        "one deviation for all": [("/ deviation)", "/ deviation.mean())")],
-        "sigmoid for the normal distribution": [("torch.special.ndtr", "torch.sigmoid")],
-        "the plain load": [("    return", "    return top_k_gating(noisy, k).load.float()\n    return")],
-        "mean over the tokens": [
-            (
-                "probability.reshape(-1, logits.shape[-1]).sum(dim=0)",
-                "probability.reshape(-1, logits.shape[-1]).mean(dim=0)",
-            )
-        ],
-        "the first dimension only": [(".reshape(-1, logits.shape[-1])", "")],
-        "k of the lesson": [("    best = ", "    k = 2\n    best = ")],
-        "gradient cut": [("(logits - hurdle)", "(logits.detach() - hurdle.detach())")],
-    },
 }
