@@ -172,7 +172,7 @@ def padded_dispatch(logits, real):
         "minus 1000 is not enough": [("-torch.inf", "-1000.0")],
         "a fixed number added": [(MASKED, "logits - 1e4 * (~real[..., None]).float()")],
         "masked in place": [("logits.masked_fill(", "logits.data.masked_fill_(")],
-        "right for tokens, and padding keeps its share": [
+        "masked for tokens, and padding keeps its share": [
             ("return dispatch,", "return torch.where(real[..., None], dispatch, soft_dispatch(logits)[0]),")
         ],
         "no gradient": [("    dispatch, _ =", "    logits = logits.detach()\n    dispatch, _ =")],
