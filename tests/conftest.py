@@ -8,7 +8,10 @@ import hypothesis
 import matplotlib
 import pytest
 
+from makemoe import bias_balancing, expert_choice, second_expert, smooth_choice, st_moe, switch  # noqa: F401  they
+from makemoe.experts import ACTIVATIONS, EXPERTS  # add to the tables, so that they hold the same in every process
 from makemoe.lab import seed_everything
+from makemoe.model import ROUTERS
 
 matplotlib.use("agg")
 hypothesis.settings.register_profile("makemoe", deadline=None, derandomize=True, max_examples=40)
@@ -18,3 +21,14 @@ hypothesis.settings.load_profile("makemoe")
 @pytest.fixture(autouse=True)
 def seed():
     seed_everything(1337)
+
+
+@pytest.fixture(autouse=True)
+def tables():
+    "What a lesson or an answer registers under a name is gone after its test."
+    known = ROUTERS, ACTIVATIONS, EXPERTS, st_moe.GATED
+    before = [dict(table) for table in known]
+    yield
+    for table, entries in zip(known, before):
+        table.clear()
+        table.update(entries)

@@ -336,7 +336,7 @@ def test_what_is_impossible_is_refused_in_one_line(name, value):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(router="top2"), "router is 'top2', but must be one of topk, noisy"),
+        (dict(router="top2"), f"router is 'top2', but must be one of {', '.join(ROUTERS)}"),
         (dict(activation="tanh"), f"activation is 'tanh', but must be one of {', '.join(ACTIVATIONS)}"),
         (dict(top_k=9), "top_k = 9 experts per token, but there are only num_experts = 8"),
         (dict(n_embd=130), "n_embd = 130 channels cannot be divided among n_head = 4 heads"),
