@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from .data import CharTokenizer
-from .model import ROUTERS, MoEConfig, SparseMoELanguageModel
+from .model import MODELS, ROUTERS, MoEConfig
 from .optimizers import OPTIMIZERS
 from .training import TrainConfig, TrainState
 
@@ -42,8 +42,9 @@ def parts(model, tokenizer, history):
             tied[name] = first[id(weight)]
     text = json.dumps(list(history)).encode()  # a header has room for 100 MB, a tensor for more
     tensors["history"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    facts = dict(config=asdict(model.config), characters=tokenizer.characters, tied=tied)
-    return tensors, facts | dict(module=ROUTERS[model.config.router].__module__)
+    config, needed = model.config, ROUTERS.get(getattr(model.config, "router", None), type(model))
+    facts = dict(kind=type(config).__name__, config=asdict(config), characters=tokenizer.characters, tied=tied)
+    return tensors, facts | dict(module=needed.__module__)
 
 # %% ../notebooks/15_checkpoints.ipynb #checksum
 def checksum(header, tensors):
@@ -141,16 +142,17 @@ def build_model(facts, weights):
     "The model that `facts` describe, with these `weights` (by name), in evaluation mode."
     if re.fullmatch(r"makemoe\.[a-z]\w*", facts.get("module", "")):
         with suppress(ImportError):
-            import_module(facts["module"])  # a later lesson's router becomes known when its module is imported
-    config = MoEConfig(**{name: value for name, value in facts["config"].items() if REMOVED.get(name, ()) != value})
-    layers = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
+            import_module(facts["module"])  # a later lesson's router or model is known once its module is imported
+    kind = {kind.__name__: kind for kind in MODELS}[facts.get("kind", "MoEConfig")]
+    config = kind(**{name: value for name, value in facts["config"].items() if REMOVED.get(name, ()) != value})
+    layers = {name.split(".moe.")[0] for name in weights if ".moe." in name}
     if len(layers) != config.n_layer or config.n_layer * config.num_experts > sum(map(torch.numel, weights.values())):
         raise ValueError(f"size mismatch: no weights for {config.n_layer} layers of {config.num_experts} experts")
     for name, weight in weights.items():
         if not weight.isfinite().all():
             raise ValueError(f"{name} is not finite")
     with torch.device("meta"):  # a model that has shapes and no numbers
-        model = SparseMoELanguageModel(config)
+        model = MODELS[kind](config)
     tied = facts.get("tied", {}).items()
     model.load_state_dict(weights | {name: weights[other] for name, other in tied}, assign=True)
     for name, other in tied:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PROJECT', 'PRESETS', 'RESULTS', 'MORE_RESULTS', 'progress', 'COMMANDS', 'write', 'new_folder', 'Run', 'find_device',
            'find_prompt', 'least_memory', 'prepare', 'held_out_loss', 'stop_by_signal', 'hold', 'find_unfinished',
-           'mlflow_log', 'draw_history', 'write_sample', 'finish', 'keep_moment', 'report', 'run_training', 'Generate',
-           'find_checkpoint', 'run_generation', 'list_routers', 'main']
+           'mlflow_log', 'draw_history', 'compose', 'write_sample', 'finish', 'keep_moment', 'report', 'run_training',
+           'Generate', 'find_checkpoint', 'run_generation', 'list_routers', 'main']
 
 # %% ../notebooks/16_shakespeare.ipynb #imports
 import inspect
@@ -20,8 +20,8 @@ import threading
 import zlib
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import partial
-from itertools import count
+from functools import partial, singledispatch
+from itertools import count, dropwhile
 from pathlib import Path
 from typing import Literal
 
@@ -35,7 +35,7 @@ from .checkpoints import load_checkpoint, load_training, must_fit, read_facts, s
 from .data import CharTokenizer, compact_ids, load_text, split
 from .generation import stream
 from .lab import pick_device, seed_everything, show_load, show_loss, text_to_html
-from .model import ROUTERS, MoEConfig, SparseMoELanguageModel, count_parameters
+from .model import MODELS, ROUTERS, MoEConfig, count_parameters
 from .optimizers import OPTIMIZERS
 from .training import TrainConfig, TrainState, estimate_loss, train
 
@@ -102,7 +102,8 @@ def find_device(name):
     return name or pick_device()
 
 
-def find_prompt(tokenizer, prompt):
+@singledispatch
+def find_prompt(config, tokenizer, prompt):
     "`prompt`, or for '' a new line, or in a text without one its first character. ValueError if it cannot be read."
     tokenizer.encode(prompt)
     return prompt or ("\n" if "\n" in tokenizer.characters else tokenizer.characters[0])
@@ -124,9 +125,9 @@ def prepare(run):
         raise ValueError(f"seed is {run.train.seed}, but must be below 2**64")
     device, text = find_device(run.device), load_text(run.data)
     tokenizer = CharTokenizer(text)
-    find_prompt(tokenizer, run.prompt)
-    train_ids, val_ids = split(compact_ids(tokenizer, text))
     config = replace(run.model, vocab_size=tokenizer.vocab_size)
+    find_prompt(config, tokenizer, run.prompt)
+    train_ids, val_ids = split(compact_ids(tokenizer, text))
     if min(len(train_ids), len(val_ids)) <= config.block_size:
         raise ValueError(f"{run.data} is too short: it has {len(text)} characters, and a tenth of them "
                          f"must be longer than a context of {config.block_size}")
@@ -268,12 +269,19 @@ def draw_history(history, folder):
         plt.close()
 
 
+@singledispatch
+def compose(model, tokenizer, prompt, num_tokens, **settings):
+    "Yield (character, expert) for a whole text: for `prompt`, which no expert wrote (None), and what `write` adds."
+    yield from ((character, None) for character in prompt)
+    yield from write(model, tokenizer, prompt, num_tokens, **settings)
+
+
 def write_sample(run, path, model, tokenizer, passage):
     "Let the model write 1,000 characters: into `path`, coloured beside it, and on the screen."
-    prompt = find_prompt(tokenizer, run.prompt)
-    characters, experts = zip(*write(model, tokenizer, prompt, 1000, temperature=0.8, seed=run.train.seed))
-    sample = prompt + "".join(characters)
-    coloured = text_to_html(sample, [None] * len(prompt) + list(experts), f"Written by {path.parent.name}")
+    prompt = find_prompt(model.config, tokenizer, run.prompt)
+    characters, experts = zip(*compose(model, tokenizer, prompt, 1000, temperature=0.8, seed=run.train.seed))
+    sample = "".join(characters)
+    coloured = text_to_html(sample, experts, f"Written by {path.parent.name}")
     path.write_text(sample, encoding="utf-8")
     path.with_suffix(".html").write_text(coloured, encoding="utf-8")
     print(sample.strip(), end="\n\n")
@@ -285,7 +293,7 @@ def finish(run, folder, model, tokenizer, val_ids, history):
     loss, contexts = held_out_loss(model, val_ids, progress=progress)
     whole = contexts == (len(val_ids) - 1) // model.config.block_size
     part = "the whole held-out tenth" if whole else f"{contexts:,} contexts of the held-out tenth"
-    print(f"loss on {part}: {loss:.4f} nats per character\n")
+    print(f"loss on {part}: {loss:.4f} nats per token\n")
     draw_history(history, folder)
     for name, make in {"sample.txt": partial(write_sample, run), **MORE_RESULTS}.items():
         try:
@@ -317,14 +325,14 @@ def report(save, tell, record):
     sys.stdout.flush()
 
 
-def run_training(run: tyro.extras.subcommand_type_from_defaults(PRESETS)):
-    "Train a model of one of three sizes; every setting can be changed."
+def run_training(run: Run):
+    "Train a model of one of these sizes; every setting can be changed."
     tokenizer, train_ids, val_ids, config, settings = prepare(run)
     if run.resume:
         path, (model, state, _, notes) = find_unfinished(run.name, settings)
     else:
         seed_everything(run.train.seed)
-        model = SparseMoELanguageModel(config).to(settings["device"])
+        model = MODELS[type(config)](config).to(settings["device"])
         state = TrainState(model, run.train, OPTIMIZERS[run.optimizer](model, run.train))
         notes, path = settings | dict(train=asdict(run.train)), new_folder(run.name) / "model.safetensors"
     folder, tell, status = path.parent, lambda *_: None, "FAILED"
@@ -401,10 +409,10 @@ def run_generation(settings: Generate):
     "Let a trained model write."
     device = find_device(settings.device)
     model, tokenizer, _ = load_checkpoint(find_checkpoint(settings.checkpoint), device)
-    prompt = find_prompt(tokenizer, settings.prompt)
+    prompt = find_prompt(model.config, tokenizer, settings.prompt)
     how = {name: getattr(settings, name) for name in ("temperature", "top_k", "top_p", "seed")}
-    print(prompt.lstrip("\n"), end="", flush=True)
-    for character, _ in write(model, tokenizer, prompt, settings.num_tokens, **how):
+    text = compose(model, tokenizer, prompt, settings.num_tokens, **how)
+    for character, _ in dropwhile(("\n", None).__eq__, text):  # a prompt may begin with an empty line
         print(character, end="", flush=True)
     print()
 
@@ -426,6 +434,7 @@ def main():
         out.reconfigure(errors="replace")  # not every console can show every character
     status, about = 2, "Sparse mixture-of-experts language models of characters: train one, let it write."
     short = tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes
+    run_training.__annotations__["run"] = tyro.extras.subcommand_type_from_defaults(PRESETS)
     MoEConfig.__doc__ = "\n\n".join(["Sizes and choices of the model. Routers:", *list_routers()])  # tyro shows it
     try:
         tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="python -m makemoe", description=about, config=short)

@@ -315,6 +315,10 @@ class SwitchOutput:
     encoder_routings: tuple         # a `Routing` for each sparse layer
     decoder_routings: tuple
 
+    @property
+    def routings(self):
+        return self.encoder_routings + self.decoder_routings
+
 # %% ../notebooks/29_switch_transformer.ipynb #switch-transformer
 class SwitchTransformer(nn.Module):
     """An encoder-decoder (or, without decoder layers, an encoder) whose sparse layers ask one expert per token.

@@ -109,7 +109,7 @@ def test_training_leaves_all_results_and_says_where(here, complete):
     assert [int(line.split()[1][:-1]) for line in lines] == [0, 20, 40]
     pattern = r": \d+ s, train \d\.\d{3}, val \d\.\d{3}, imbalance \d\.\d\d, dropped 0\.0%$"
     assert all(re.search(pattern, line) for line in lines)
-    assert re.search(r"loss on the whole held-out tenth: \d\.\d{4} nats per character", said)
+    assert re.search(r"loss on the whole held-out tenth: \d\.\d{4} nats per token", said)
 
     model, tokenizer, history = load_checkpoint("runs/laptop")
     assert (model.config.n_layer, model.config.n_embd, model.config.block_size) == (1, 16, 16)
