@@ -135,7 +135,7 @@ def test_every_field_of_the_configs_is_an_option(here):
     text = here("train", "gpu", "--help")[1]
     names = [field.name for config in (MoEConfig, TrainConfig) for field in fields(config)] + ["optimizer", "resume"]
     missing = [name for name in names if f"--{name.replace('_', '-')}" not in text]
-    assert not missing and set(PRESETS) == {"laptop", "gpu", "blog"}
+    assert not missing and set(PRESETS) == {"laptop", "gpu", "blog", "switch"}
     assert "(default: 384)" in text, "the options start from the preset"
 
 
