@@ -2,7 +2,8 @@ from os import _exit, write
 from signal import SIGINT, signal
 signal(SIGINT, lambda *_: _exit(130 if write(2, b"makemoe: stopped\n") else 1))  # imports take seconds
 from makemoe import page, shakespeare  # noqa: E402
-from makemoe import bias_balancing, expert_choice, second_expert, smooth_choice, st_moe, switch  # noqa: E402, F401
+from makemoe import bias_balancing, expert_choice, fill_gaps, second_expert  # noqa: E402, F401
+from makemoe import smooth_choice, st_moe, switch  # noqa: E402, F401
 
 
 def write_page(checkpoint: str = "", /, out: str = "page.html", weights: str = "int8"):

@@ -6,7 +6,7 @@
 __all__ = ['MARKS', 'FIRST', 'LAYOUTS', 'THEIR_NAMES', 'parts', 'span_corruption', 'join_spans', 'pad_pairs', 'relative_buckets',
            'RelativeBias', 'RelativeAttention', 'sparse_layers', 'sparse_by_step', 'without_padding', 'SwitchLayer',
            'SwitchTransformerConfig', 'hidden', 'SwitchBlock', 'Stack', 'auxiliary_loss', 'SwitchOutput',
-           'SwitchTransformer', 'fill_gaps', 'config_from_transformers', 'our_names']
+           'SwitchTransformer', 'config_from_transformers', 'our_names']
 
 # %% ../notebooks/29_switch_transformer.ipynb #imports
 import math
@@ -408,18 +408,6 @@ class SwitchTransformer(nn.Module):
         biases = {name: torch.zeros_like(w) for name, w in model.state_dict().items() if name.endswith("linear.bias")}
         model.load_state_dict(biases | weights)
         return model.train(theirs.training)
-
-# %% ../notebooks/29_switch_transformer.ipynb #fill-gaps
-def fill_gaps(model, tokenizer, text, num_tokens=64, gap="___", **settings):
-    """`text` with each `gap` filled by the model, in one go. The settings are those of `generate`. ValueError for no
-    gap, for more than 32, and for characters that the tokenizer does not know."""
-    pieces = text.split(gap)
-    if not 1 < len(pieces) <= 1 + MARKS:
-        raise ValueError(f"mark 1 to {MARKS} gaps with {gap}: this text has {len(pieces) - 1}")
-    marked = [part for i, piece in enumerate(pieces)
-              for part in (tokenizer.encode(piece) + FIRST, torch.tensor([2 + i]))]
-    source = torch.cat(marked[:-1]).to(model.embedding.weight.device)
-    return tokenizer.decode(join_spans(source, model.generate(source[None], num_tokens, **settings)[0]))
 
 # %% ../notebooks/29_switch_transformer.ipynb #config-from
 def config_from_transformers(theirs):

@@ -8,10 +8,11 @@ import hypothesis
 import matplotlib
 import pytest
 
-from makemoe import bias_balancing, expert_choice, second_expert, smooth_choice, st_moe, switch  # noqa: F401  they
-from makemoe.experts import ACTIVATIONS, EXPERTS  # add to the tables, so that they hold the same in every process
+from makemoe import bias_balancing, expert_choice, fill_gaps, second_expert, smooth_choice, st_moe, switch  # noqa: F401
+from makemoe.experts import ACTIVATIONS, EXPERTS  # those add to the tables, so that they hold the same in every process
 from makemoe.lab import seed_everything
-from makemoe.model import ROUTERS
+from makemoe.model import MODELS, ROUTERS
+from makemoe.shakespeare import PRESETS
 
 matplotlib.use("agg")
 hypothesis.settings.register_profile("makemoe", deadline=None, derandomize=True, max_examples=40)
@@ -26,7 +27,7 @@ def seed():
 @pytest.fixture(autouse=True)
 def tables():
     "What a lesson or an answer registers under a name is gone after its test."
-    known = ROUTERS, ACTIVATIONS, EXPERTS, st_moe.GATED
+    known = ROUTERS, MODELS, PRESETS, ACTIVATIONS, EXPERTS, st_moe.GATED
     before = [dict(table) for table in known]
     yield
     for table, entries in zip(known, before):

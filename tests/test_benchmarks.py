@@ -10,9 +10,10 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import __main__ as bench
-from benchmarks import race, report, speed, timing
+from benchmarks import gaps, open_models, race, report, speed, timing
 from benchmarks.plain import PlainModel, plain_step
 from makemoe.data import get_batch
+from makemoe.fill_gaps import GapConfig
 from makemoe.gating import top_k_gating
 from makemoe.generation import generate
 from makemoe.model import MoEConfig, SparseMoELanguageModel, count_parameters
@@ -243,6 +244,23 @@ def test_a_race_goes_on_where_it_stopped_and_has_what_a_lesson_needs(tmp_path, c
         assert set(facts) == {"parameters", "active", "memory", "ms", "ratio"}
     with pytest.raises(ValueError, match="other settings"):
         race.twins(tmp_path, seeds=(1,), **how | dict(model=replace(SMALL, n_hidden=32)))
+
+
+@pytest.mark.parametrize("script, model, last", [
+    (open_models, SMALL, "Llama 4"),
+    (gaps, GapConfig(n_embd=8, n_head=2, n_hidden=4, block_size=16), "dense, same active size, equal time"),
+])
+def test_models_are_compared_and_a_later_call_goes_on(tmp_path, script, model, last):
+    (tmp_path / "text").write_text("abcdefghijklmnopqrst" * 600, encoding="utf-8")
+    how = dict(text=str(tmp_path / "text"), model=model, recipe=TrainConfig(**TINY))
+    how |= dict(small=model, control=TrainConfig(**TINY)) if script is gaps else {}
+    for seeds in (1,), (1, 2):
+        script.main(tmp_path, seeds=seeds, **how)
+    (path,) = tmp_path.glob("*.json")
+    results = json.loads(path.read_text(encoding="utf-8"))
+    runs = [(run["name"], run["seed"]) for run in results["runs"]]
+    assert len(set(runs)) == len(runs) and runs[-1] == (last, 2) and len(runs) == 2 * runs.index((last, 1)) + 2
+    assert all(2 < run["final"] < 5 for run in results["runs"]) and len(results["step"]) >= 2
 
 
 def test_the_race_against_the_article_and_the_report(tmp_path, monkeypatch, ids):

@@ -9,13 +9,11 @@ from torch.testing import assert_close
 import classroom.hidden.switch_transformer as hidden
 import makemoe.checks.switch_transformer as checks
 import makemoe.switch_transformer as ours
-from makemoe.data import CharTokenizer
 from makemoe.losses import load_balancing_loss, router_z_loss
 from makemoe.switch_transformer import (
     RelativeAttention,
     SwitchTransformer,
     SwitchTransformerConfig,
-    fill_gaps,
     join_spans,
     pad_pairs,
     relative_buckets,
@@ -194,18 +192,11 @@ def test_half_precision(dtype):
     assert got.encoder_routings[0].logits.dtype == torch.float32
 
 
-def test_pairs_are_padded_and_gaps_filled():
+def test_pairs_are_padded():
     pairs = [span_corruption(torch.arange(20)), span_corruption(torch.arange(9))]
     ids, labels, real = pad_pairs(pairs)
     for i, (source, target) in enumerate(pairs):
         assert torch.equal(ids[i][real[i]], source) and torch.equal(labels[i][labels[i] != -100], target)
-    tokenizer = CharTokenizer("to be, or not")
-    model = small(vocab_size=34 + tokenizer.vocab_size)
-    text = fill_gaps(model, tokenizer, "to ___, or ___", 20)
-    assert text.startswith("to ") and ", or " in text and "_" not in text
-    for wrong in "to be", "___" * 33:
-        with pytest.raises(ValueError, match="gaps"):
-            fill_gaps(model, tokenizer, wrong)
 
 
 @pytest.mark.parametrize(
