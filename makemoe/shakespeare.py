@@ -80,6 +80,7 @@ class Run:
     prompt: str = ""  # what the sample continues; by default a new line
     moments: int = 0  # keep so many moments of the training in NAME/moments: the page of a small model plays them back
     mlflow: bool = False  # log to mlflow.db and mlruns in the project's folder; `make mlflow` shows them
+    parallel: Literal["expert", "data"] = "expert"  # started by torchrun: processes share the experts out, or have all
     resume: bool = False  # go on with the furthest unfinished run of this name and these settings
 
 
@@ -91,6 +92,8 @@ RESULTS = {"model.safetensors": "the checkpoint",
            "sample.txt": "what it wrote",
            "sample.html": "the same, coloured by the expert that was asked for each character"}
 MORE_RESULTS = {}  # name: function of (path, model, tokenizer, held-out text); lesson 17 adds its page
+TEAM = {"begin": lambda model, state, path, save: state,  # what a signal stops; lesson 31 shares the work out
+        "whole": lambda model, state: (model, state)}  # as one process has them
 
 # %% ../notebooks/16_shakespeare.ipynb #before-first-step
 def find_device(name):
@@ -338,8 +341,9 @@ def run_training(run: Run):
     folder, tell, status = path.parent, lambda *_: None, "FAILED"
 
     def save(step):
-        save_training(path, model, state, tokenizer, notes)
-        keep_moment(run, folder, model, tokenizer, step)
+        whole = TEAM["whole"](model, state)
+        save_training(path, *whole, tokenizer, notes)
+        keep_moment(run, folder, whole[0], tokenizer, step)
 
     try:
         with hold(folder, f"{folder} is being trained by process {notes.get('process')}: stop that one first"):
@@ -355,14 +359,14 @@ def run_training(run: Run):
                     torn.unlink()
                 save(state.step)
                 print(f"going on with {folder} at step {state.step}", flush=True)
-            with stop_by_signal(state), progress(total=run.train.steps, initial=state.step) as bar:
+            with stop_by_signal(TEAM["begin"](model, state, path, save)), progress(total=run.train.steps, initial=state.step) as bar:
                 on_step, on_eval = lambda *_: bar.update(), partial(report, save, tell)
                 train(model, train_ids, val_ids, run.train, on_step, on_eval, state)
                 if state.stop:
                     save(state.step)
                     draw_history(state.history, folder)
                     raise KeyboardInterrupt
-            finish(run, folder, model, tokenizer, val_ids, state.history)
+            finish(run, folder, TEAM["whole"](model, state)[0], tokenizer, val_ids, state.history)
             for file in set(folder.iterdir()) - {path}:
                 tell("log_artifact", str(file))
             status = "FINISHED"

@@ -39,7 +39,7 @@ class MultiHeadAttention(nn.Module):
     def forward(self, x, cache=None):
 """
 
-VIEW = "view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)"
+VIEW = "unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)"
 RATE = "dropout = self.dropout if self.training else 0.0"
 END = "return F.dropout(y, self.dropout, self.training)"
 
