@@ -23,9 +23,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from . import shakespeare
 from .checkpoints import load_training
 from .gating import Routing
+from .shakespeare import TEAM, prepare, run_training, stop_by_signal
 from .sparse_moe import SparseMoE
 from .training import train
 
@@ -254,16 +254,16 @@ def begin(run, model, state, path, save):
     "Process 0 saves what it begins with, and the others read it."
     save(state.step)
     dist.broadcast_object_list([str(path.resolve())])
-    shakespeare.TEAM["whole"] = gather
+    TEAM["whole"] = gather
     return join(run, model, state)
 
 
 def follow(run):
     "All other processes begin with what process 0 has saved, and train along. They write nothing."
     dist.broadcast_object_list(path := [None])
-    _, train_ids, val_ids, _, settings = shakespeare.prepare(run)
+    _, train_ids, val_ids, _, settings = prepare(run)
     model, state, _, _ = load_training(path[0], settings["device"])
-    with shakespeare.stop_by_signal(join(run, model, state)):
+    with stop_by_signal(join(run, model, state)):
         train(model, train_ids, val_ids, run.train, on_eval=lambda record: gather(model, state), state=state)
     gather(model, state)  # for the last checkpoint
     sys.exit(128 + state.stop if state.stop else 0)
@@ -292,18 +292,18 @@ def meet():
     return store
 
 
-@wraps(shakespeare.run_training)
+@wraps(run_training)
 def train_together(run):
     if not {"RANK", "WORLD_SIZE"} & set(os.environ) or os.environ.get("WORLD_SIZE") == "1":
-        return shakespeare.run_training(run)
+        return run_training(run)
     store = meet()
     rank, size = dist.get_rank(), dist.get_world_size()
     try:
         if run.parallel == "expert" and run.model.num_experts % size:
             raise ValueError(f"{run.model.num_experts} experts cannot be shared out equally among {size} processes: "
                              "choose another number, or --parallel data")
-        shakespeare.TEAM["begin"] = partial(begin, run)
-        (follow if rank else shakespeare.run_training)(run)
+        TEAM["begin"] = partial(begin, run)
+        (follow if rank else run_training)(run)
     except Exception as error:
         if rank and isinstance(error, FloatingPointError):
             sys.exit(2)  # all processes have the same losses, and process 0 says more

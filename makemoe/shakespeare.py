@@ -341,8 +341,7 @@ def run_training(run: Run):
     folder, tell, status = path.parent, lambda *_: None, "FAILED"
 
     def save(step):
-        whole = TEAM["whole"](model, state)
-        save_training(path, *whole, tokenizer, notes)
+        save_training(path, *(whole := TEAM["whole"](model, state)), tokenizer, notes)
         keep_moment(run, folder, whole[0], tokenizer, step)
 
     try:

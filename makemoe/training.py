@@ -182,8 +182,7 @@ def train(model, train_ids, val_ids, config=TrainConfig(), on_step=None, on_eval
             output = model(x.to(device), y.to(device))
         state.optimizer.zero_grad()
         output.loss.backward()
-        if config.clip < math.inf:
-            state.clip(model.parameters(), config.clip)
+        state.clip(model.parameters(), config.clip)
         state.optimizer.step()
         losses, routings, state.step = [*losses, output.loss.detach()], output.routings, state.step + 1
         if on_step:

@@ -118,7 +118,9 @@ def fresh(changes, optimizer, train_config=RUN):
 
 def run_on(model, state, train_config=RUN):
     losses = []
-    history = train(model, IDS[:-500], IDS[-500:], train_config, lambda _, loss: losses.append(loss.item()), None, state)
+    history = train(
+        model, IDS[:-500], IDS[-500:], train_config, lambda _, loss: losses.append(loss.item()), None, state
+    )
     return losses, history
 
 
@@ -245,7 +247,7 @@ def be_command(rank, W, port, folder, arguments, crash):
     os.chdir(folder)
     sys.argv = ["makemoe", *arguments]
     if crash and rank == 1:
-        shakespeare.stop_by_signal = None  # a TypeError, when the training begins
+        expert_parallel.stop_by_signal = None  # a TypeError, when the training begins
     try:
         runpy.run_module("makemoe", run_name="__main__")
     except Exception:
@@ -297,7 +299,11 @@ def folder(tmp_path_factory):
     environment = dict(os.environ, OMP_NUM_THREADS="1", MPLBACKEND="agg", PYTHONPATH=str(ROOT))
     result = subprocess.run(
         [sys.executable, "-W", "error::FutureWarning", "-m", "tests.test_expert_parallel", folder],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     (folder / "log").write_text(result.stdout + result.stderr)
     return folder
@@ -353,7 +359,9 @@ def test_a_busy_port(monkeypatch):
         place = dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(busy.getsockname()[1]))
         for name, value in place.items():
             monkeypatch.setenv(name, value)
-        with pytest.raises(ConnectionError, match=f"process 0 of 2 cannot meet the others at 127.0.0.1:{place['MASTER_PORT']}"):
+        with pytest.raises(
+            ConnectionError, match=f"process 0 of 2 cannot meet the others at 127.0.0.1:{place['MASTER_PORT']}"
+        ):
             expert_parallel.train_together(shakespeare.PRESETS["laptop"])
 
 
@@ -362,7 +370,12 @@ def torchrun(W, folder, *arguments):
     environment = dict(os.environ, OMP_NUM_THREADS="1", MPLBACKEND="agg", PYTHONPATH=str(ROOT))
     return subprocess.Popen(
         [*command, "train", "laptop", "--data", "../text.txt", *TINY, *arguments],
-        cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -424,7 +437,7 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_with_fewer_until_it_is_st
         os.kill(pids[2], signal.SIGKILL)
         killed, rest = time.perf_counter(), run.communicate(timeout=30)[0]
         assert run.returncode and time.perf_counter() - killed < 15
-        assert len(re.findall("^makemoe: .*has ended.*--resume goes on", rest, re.M)) == 1, rest
+        assert len(re.findall("^makemoe: .*has ended.*--resume goes on", rest, re.MULTILINE)) == 1, rest
         path = place / "runs" / "laptop" / "model.safetensors"
         reached = read_facts(path)["training"]["step"]
         assert reached >= 20 and load_training(path)

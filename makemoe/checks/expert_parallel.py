@@ -68,7 +68,9 @@ class Threads:
             try:
                 results[rank] = work(rank)
             except threading.BrokenBarrierError:
-                errors.append(AssertionError(f"process {rank} waits for an exchange in which the others do not take part"))
+                errors.append(
+                    AssertionError(f"process {rank} waits for an exchange in which the others do not take part")
+                )
             except BaseException as error:  # the first one is told, the others wait for it
                 errors.insert(0, error)
                 self.barrier.abort()

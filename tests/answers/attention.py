@@ -218,7 +218,7 @@ ANSWERS = {
             (RATE, "v, dropout = F.dropout(v, self.dropout, self.training), 0.0")
         ],
         "dropout on what comes in instead of the weights": [
-            ("self.qkv(x).view", "self.qkv(F.dropout(x, self.dropout, self.training)).view"),
+            ("self.qkv(x)", "self.qkv(F.dropout(x, self.dropout, self.training))"),
             (RATE, "dropout = 0.0"),
         ],
         "dropout on whole heads instead of weights": [

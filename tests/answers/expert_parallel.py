@@ -77,7 +77,9 @@ class AllToAll(torch.autograd.Function):
         "a gradient of zeros": [
             (BACK, "return gradient.new_zeros(sum(ctx.way_back[1]), *gradient.shape[1:]), None, None, None"),
         ],
-        "only float32": [("rows.new_empty(sum(receives), *rows.shape[1:])", "torch.empty(sum(receives), *rows.shape[1:])")],
+        "only float32": [
+            ("rows.new_empty(sum(receives), *rows.shape[1:])", "torch.empty(sum(receives), *rows.shape[1:])")
+        ],
         "only matrices": [
             ("rows.new_empty(sum(receives), *rows.shape[1:])", "rows.new_empty(sum(receives), rows.shape[-1])"),
         ],
@@ -88,17 +90,22 @@ class AllToAll(torch.autograd.Function):
     },
     "expert_parallel_experts": {
         "right: one expert of a time, gates as a product at the end": [
-            (PAIRS, "order = [kept[:, n].nonzero().squeeze(1) for n in range(E)]\n"
-                    "        rows, e = torch.cat(order), torch.arange(E).repeat_interleave(kept.sum(dim=0))"),
+            (
+                PAIRS,
+                "order = [kept[:, n].nonzero().squeeze(1) for n in range(E)]\n"
+                "        rows, e = torch.cat(order), torch.arange(E).repeat_interleave(kept.sum(dim=0))",
+            ),
             (WEIGHED, "weighed = gates.index_select(0, rows).gather(1, e[:, None]) * answers"),
         ],
         "right: experts of the rows sent along": [
             (MINE, "AllToAll.apply(e % (E // W), sends, receives, self.group)"),
         ],
         "right: room for the answers first": [
-            ("torch.zeros_like(tokens).index_add(0, rows, weighed.to(x.dtype)).view_as(x)",
-             "tokens.new_zeros(tokens.shape).scatter_add(0, rows[:, None].expand_as(weighed), "
-             "weighed.to(x.dtype)).reshape(x.shape)"),
+            (
+                "torch.zeros_like(tokens).index_add(0, rows, weighed.to(x.dtype)).view_as(x)",
+                "tokens.new_zeros(tokens.shape).scatter_add(0, rows[:, None].expand_as(weighed), "
+                "weighed.to(x.dtype)).reshape(x.shape)",
+            ),
         ],
         "sorted by token, not by expert": [(PAIRS, "rows, e = kept.nonzero(as_tuple=True)")],
         "the rows that arrive taken for sorted by expert": [
@@ -107,24 +114,35 @@ class AllToAll(torch.autograd.Function):
         "the gates forgotten": [(WEIGHED, "weighed = answers")],
         "gates of the first pairs": [(WEIGHED, "weighed = gates[gates > 0][: len(rows), None] * answers")],
         "what was chosen, not what is kept": [("routing.kept.reshape", "routing.chosen.reshape")],
-        "answers overwrite each other": [("index_add(0, rows, weighed.to(x.dtype))", "index_copy(0, rows, weighed.to(x.dtype))")],
+        "answers overwrite each other": [
+            ("index_add(0, rows, weighed.to(x.dtype))", "index_copy(0, rows, weighed.to(x.dtype))")
+        ],
         "answers not sent back in the other direction": [(HOME, HOME.replace("receives, sends", "sends, receives"))],
         "an exchange without gradients": [
-            (HOME, "home = torch.empty_like(tokens.index_select(0, rows))\n"
-                   "        dist.all_to_all_single(home, answers.contiguous(), sends, receives)\n        answers = home"),
+            (
+                HOME,
+                "home = torch.empty_like(tokens.index_select(0, rows))\n"
+                "        dist.all_to_all_single(home, answers.contiguous(), sends, receives)\n        answers = home",
+            ),
         ],
         "no exchange where nothing is sent": [
             ("arrived = AllToAll.apply(", "arrived = tokens[:0] if not len(rows) else AllToAll.apply("),
         ],
         "every process sees all tokens": [
-            ("sends, receives = counts.sum(dim=1).tolist(), theirs.sum(dim=1).tolist()",
-             "sends, receives = counts.sum(dim=1).tolist(), theirs.sum(dim=1).tolist()\n"
-             "        AllToAll.apply(tokens.repeat(W, 1), [len(tokens)] * W, "
-             "AllToAll.apply(torch.full((W,), len(tokens)), [1] * W, [1] * W, self.group).tolist(), self.group)"),
+            (
+                "sends, receives = counts.sum(dim=1).tolist(), theirs.sum(dim=1).tolist()",
+                "sends, receives = counts.sum(dim=1).tolist(), theirs.sum(dim=1).tolist()\n"
+                "        AllToAll.apply(tokens.repeat(W, 1), [len(tokens)] * W, "
+                "AllToAll.apply(torch.full((W,), len(tokens)), [1] * W, [1] * W, self.group).tolist(), self.group)",
+            ),
         ],
         "y flat": [(".view_as(x)", "")],
-        "float32 whatever x is": [("torch.zeros_like(tokens).index_add(0, rows, weighed.to(x.dtype))",
-                                   "torch.zeros_like(tokens.float()).index_add(0, rows, weighed.float())")],
+        "float32 whatever x is": [
+            (
+                "torch.zeros_like(tokens).index_add(0, rows, weighed.to(x.dtype))",
+                "torch.zeros_like(tokens.float()).index_add(0, rows, weighed.float())",
+            )
+        ],
         "no check of the shape": [("        if given != needed:", "        if False:")],
     },
     "time_ratio": {
