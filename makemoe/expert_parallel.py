@@ -177,6 +177,8 @@ def parallelize(model, state, experts=True):
     and all other weights; with `experts=False` all weights (data parallel). What training draws at random, such as
     noise and dropout, each process draws for its own rows. One backward pass for each step of the optimizer.
     """
+    if not hasattr(model, "auxiliary_loss"):  # see `WholeBatch.share`
+        raise ValueError(f"a {type(model).__name__} can be trained in one process only")
     optimizer, batch = state.optimizer, WholeBatch()
     for module in list(model.modules()) if experts else ():
         if isinstance(module, SparseMoE):

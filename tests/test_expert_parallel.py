@@ -296,7 +296,7 @@ def folder(tmp_path_factory):
     "The folder in which all cases have run."
     folder = tmp_path_factory.mktemp("processes")
     (folder / "text.txt").write_text(TEXT)
-    environment = dict(os.environ, OMP_NUM_THREADS="1", MPLBACKEND="agg", PYTHONPATH=str(ROOT))
+    environment = dict(os.environ, OMP_NUM_THREADS="1", MPLBACKEND="agg", PYTHONPATH=str(ROOT), TMPDIR=str(folder))
     result = subprocess.run(
         [sys.executable, "-W", "error::FutureWarning", "-m", "tests.test_expert_parallel", folder],
         cwd=ROOT,
@@ -367,7 +367,7 @@ def test_a_busy_port(monkeypatch):
 
 def torchrun(W, folder, *arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={W}", "-m", "makemoe"]
-    environment = dict(os.environ, OMP_NUM_THREADS="1", MPLBACKEND="agg", PYTHONPATH=str(ROOT))
+    environment = dict(os.environ, OMP_NUM_THREADS="1", MPLBACKEND="agg", PYTHONPATH=str(ROOT), TMPDIR=str(folder))
     return subprocess.Popen(
         [*command, "train", "laptop", "--data", "../text.txt", *TINY, *arguments],
         cwd=folder,
