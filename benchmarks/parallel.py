@@ -103,7 +103,7 @@ def main(out: Path = Path("runs/bench"), device: str = "cpu", rows: int = 16, ro
                 entry[kind] = sorted(share[kind] for share in shares[name])[rounds // 2]
             entry["fastest"] = 1e3 * min(seconds[name])  # other work on the machine can only add to this
             print(f"{name:22} median {entry['ms'][1]:5.0f} ms, {entry['ratio'][1]:.2f} times one process; "
-                  f"fastest {entry['fastest']:5.0f} ms, {entry['fastest'] / 1e3 / min(seconds['one process']):.2f} times; "
+                  f"fastest {entry['fastest']:5.0f} ms, {min(seconds[name]) / min(seconds['one process']):.2f} times; "
                   f"{entry['exchange']:.0%} exchanging, {entry['all_reduce']:.0%} adding up")
         name = f"parallel-{device}-{W}.json"
         save(out / name, dict(machine=machine(device), processes=W, rows=rows, contenders=result))
