@@ -1,7 +1,7 @@
 from os import _exit, write
 from signal import SIGINT, signal
 signal(SIGINT, lambda *_: _exit(130 if write(2, b"makemoe: stopped\n") else 1))  # imports take seconds
-from makemoe import page, shakespeare  # noqa: E402
+from makemoe import expert_parallel, page, shakespeare  # noqa: E402
 from makemoe import bias_balancing, expert_choice, fill_gaps, second_expert  # noqa: E402, F401
 from makemoe import smooth_choice, st_moe, switch  # noqa: E402, F401
 
@@ -13,4 +13,5 @@ def write_page(checkpoint: str = "", /, out: str = "page.html", weights: str = "
 
 shakespeare.COMMANDS["page"], shakespeare.MORE_RESULTS["page.html"] = write_page, page.write_page
 shakespeare.RESULTS["page.html"] = "the model itself, in a page for a browser"
+shakespeare.COMMANDS["train"] = expert_parallel.train_together
 shakespeare.main()

@@ -74,7 +74,7 @@ class MultiHeadAttention(nn.Module):
     def forward(self, x, cache=None):
         B, T, C = x.shape
         past = 0 if cache is None else len(cache)
-        qkv = self.qkv(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
+        qkv = self.qkv(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
         q, k, v = qkv
         if self.rotary:  # queries and keys in one go
             q, k = rotate(qkv[:2], torch.arange(past, past + T, device=x.device))

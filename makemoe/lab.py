@@ -74,7 +74,7 @@ LATER = {  # lesson of Part II: the box that it builds anew, and what it is call
     "expert_choice": ("gating", "24 · expert choice"), "smooth_choice": ("gating", "25 · smooth choice"),
     "soft_moe": ("sparse_moe", "26 · Soft MoE"), "bias_balancing": ("gating", "27 · balance by bias"),
     "open_models": ("gating", "28 · open models"), "switch_transformer": ("model", "29 · Switch Transformer"),
-    "fill_gaps": ("model", "30 · fill the gaps"),
+    "fill_gaps": ("model", "30 · fill the gaps"), "expert_parallel": ("experts", "31 · expert parallelism"),
 }
 ARROWS = [  # x and y of the start, of a corner if there is one, and of the end
     (1.35, 3.75, 1.35, 4.4), (2.4, 4.8, 12.75, 4.8), (14.15, 4.8, 15.2, 4.8), (16.45, 4.4, 16.45, 3.75),

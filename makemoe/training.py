@@ -133,7 +133,7 @@ class TrainState:
         self.optimizer = optimizer or adamw(model, config)
         self.order = torch.Generator().manual_seed(config.seed)  # draws the batches
         self.step, self.seconds = 0, 0.0  # steps done, time spent
-        self.history, self.stop = [], False
+        self.history, self.stop, self.clip = [], False, torch.nn.utils.clip_grad_norm_
         for module in model.modules():
             if hasattr(module, "after_step"):  # a router may move its biases after each step (lesson 27)
                 self.optimizer.register_step_post_hook(lambda *_, module=module: module.after_step())
@@ -182,8 +182,7 @@ def train(model, train_ids, val_ids, config=TrainConfig(), on_step=None, on_eval
             output = model(x.to(device), y.to(device))
         state.optimizer.zero_grad()
         output.loss.backward()
-        if config.clip < math.inf:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        state.clip(model.parameters(), config.clip)
         state.optimizer.step()
         losses, routings, state.step = [*losses, output.loss.detach()], output.routings, state.step + 1
         if on_step:

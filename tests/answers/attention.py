@@ -39,7 +39,7 @@ class MultiHeadAttention(nn.Module):
     def forward(self, x, cache=None):
 """
 
-VIEW = "view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)"
+VIEW = "unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)"
 RATE = "dropout = self.dropout if self.training else 0.0"
 END = "return F.dropout(y, self.dropout, self.training)"
 
@@ -218,7 +218,7 @@ ANSWERS = {
             (RATE, "v, dropout = F.dropout(v, self.dropout, self.training), 0.0")
         ],
         "dropout on what comes in instead of the weights": [
-            ("self.qkv(x).view", "self.qkv(F.dropout(x, self.dropout, self.training)).view"),
+            ("self.qkv(x)", "self.qkv(F.dropout(x, self.dropout, self.training))"),
             (RATE, "dropout = 0.0"),
         ],
         "dropout on whole heads instead of weights": [

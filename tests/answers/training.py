@@ -16,9 +16,7 @@ FINITE = "            require_finite(losses, state.step, config)\n"
 LAP = "            lap_step, lap = state.step, time.perf_counter()\n"
 EVALUATE = "evaluate(model, train_ids, val_ids, config, routings)"
 ZERO = "        state.optimizer.zero_grad()\n"
-CLIP = (
-    "        if config.clip < math.inf:\n            torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)\n"
-)
+CLIP = "        state.clip(model.parameters(), config.clip)\n"
 STEP = "        state.optimizer.step()\n"
 
 PIECES = "zip(x.chunk(pieces), y.chunk(pieces))"
