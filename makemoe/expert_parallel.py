@@ -307,9 +307,9 @@ def train_together(run):
         TEAM["begin"] = partial(begin, run)
         (follow if rank else run_training)(run)
     except Exception as error:
-        if rank and isinstance(error, FloatingPointError):
-            sys.exit(2)  # all processes have the same losses, and process 0 says more
         with suppress(RuntimeError):  # the store may have ended with its process
+            if rank and isinstance(error, FloatingPointError):  # all have the same losses, and process 0 says more
+                store.wait(["reports"], timedelta(seconds=10))
             if store.add("reports", 1) > 1:
                 sys.exit(2)  # another process has said why
         if not (isinstance(error, RuntimeError) and re.search(LOST, str(error))):
