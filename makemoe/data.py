@@ -142,7 +142,7 @@ def find_tinyshakespeare():
             socket.setdefaulttimeout(30)  # no server keeps us waiting for ever
             torch.hub.download_url_to_file(TINY_URL, str(path), TINY_SHA256, progress=False)
         except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: another file came
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = "wrong sha256" if type(error) is RuntimeError else " ".join(str(error).split()) or repr(error)
             raise OSError(f"cannot fetch tinyshakespeare into {path.parent} ({reason}): check the network and the "
                           "folder, or put tinyshakespeare.txt into a folder and name that in MAKEMOE_DATA") from None
     if hashlib.sha256(read_file(path)).hexdigest() != TINY_SHA256:

@@ -335,7 +335,7 @@ def test_a_damaged_cache_is_named_and_left_alone(offline, home):
 
 def test_a_wrong_download_is_named_and_nothing_stays(home, monkeypatch):
     monkeypatch.setattr(data, "TINY_SHA256", "0" * 64)
-    with pytest.raises(OSError, match="cannot fetch tinyshakespeare into .*invalid hash value") as raised:
+    with pytest.raises(OSError, match="cannot fetch tinyshakespeare into .*wrong sha256") as raised:
         load_text("tinyshakespeare")
     assert "MAKEMOE_DATA" in one_line(raised)
     assert files(home) == []
