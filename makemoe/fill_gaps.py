@@ -186,7 +186,9 @@ def _(config: GapConfig, tokenizer, prompt):
 
 
 @compose.register
-def _(model: GapFiller, tokenizer, prompt, num_tokens, **settings):
+def _(model: GapFiller, tokenizer, prompt, num_tokens, seed=None, **settings):
+    if seed is not None:
+        torch.manual_seed(seed)  # one seed, but other random numbers for each gap
     return fill(model, tokenizer, prompt, min(num_tokens, model.config.block_size // 2), **settings)
 
 

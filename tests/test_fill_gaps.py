@@ -64,6 +64,21 @@ def test_filling_changes_no_character_that_was_given(pieces, num_tokens, seed):
     assert len(new) <= num_tokens * (len(pieces) - 1) and set(new) <= set(range(4))
 
 
+def test_a_seed_writes_the_same_text_with_other_random_numbers_for_each_gap(monkeypatch):
+    def letters_by_chance(source, num_tokens, seed=None, **how):
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        letters = torch.randint(34, 34 + LETTERS.vocab_size, (1, num_tokens - 1), generator=generator)
+        return torch.cat([torch.tensor([[0, 2]]), letters], dim=1)
+
+    model = small()
+    monkeypatch.setattr(model.transformer, "generate", letters_by_chance)
+    one, same, other = (
+        "".join(c for c, _ in shakespeare.compose(model, LETTERS, GAP * 2, 8, temperature=1.0, seed=seed))
+        for seed in (1, 1, 2)
+    )
+    assert len(one) == 16 and one == same != other and one[:8] != one[8:]
+
+
 def test_the_gaps_of_an_evaluation_depend_on_nothing_but_the_text():
     model, ids = small(), texts()
     source, labels, real = model.cut(ids)
