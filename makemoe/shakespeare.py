@@ -105,7 +105,7 @@ def find_device(name):
     return name or pick_device()
 
 
-@singledispatch
+@singledispatch  # by the type of its first argument: a later lesson's config can have a rule of its own
 def find_prompt(config, tokenizer, prompt):
     "`prompt`, or for '' a new line, or in a text without one its first character. ValueError if it cannot be read."
     tokenizer.encode(prompt)
@@ -272,7 +272,7 @@ def draw_history(history, folder):
         plt.close()
 
 
-@singledispatch
+@singledispatch  # a later lesson's model can write in a way of its own
 def compose(model, tokenizer, prompt, num_tokens, **settings):
     "Yield (character, expert) for a whole text: for `prompt`, which no expert wrote (None), and what `write` adds."
     yield from ((character, None) for character in prompt)
